@@ -58,3 +58,17 @@ def test_operator_keeps_torchs_contract(backend):
     y, states = scan(*inputs.values(), *options, True)
     tensors = [t.detach() for t in inputs.values()]
     torch.library.opcheck(scan_backward, (torch.randn_like(y), states, *tensors, *options))
+
+
+@pytest.mark.parametrize("backend", RUNNING)
+def test_autocast_leaves_the_scan_in_float32(backend):
+    torch.manual_seed(0)
+    inputs = random_inputs(2, 5, 19, 3)
+    inputs["delta"] = inputs["delta"].detach().bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = selective_scan(**inputs, backend=backend)
+        y.sum().backward()
+    inputs["delta"] = inputs["delta"].float()
+    expected = selective_scan(**inputs, backend="reference")
+    assert y.dtype == torch.float32
+    assert relative_error(y, expected) < 1e-6

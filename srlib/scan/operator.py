@@ -44,7 +44,8 @@ def scan(
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
     worker = choose(backend, u.device, u.dtype)
     states = _states(inputs, worker.checkpoint_every(u, A) if keep_states else 0)
-    return worker.forward(inputs, Options(delta_softplus, order, nslices), states), states
+    with torch.autocast(u.device.type, enabled=False):  # decay and state stay in float32
+        return worker.forward(inputs, Options(delta_softplus, order, nslices), states), states
 
 
 @scan.register_fake
@@ -77,7 +78,8 @@ def scan_backward(
     """Gradients of those of the eight tensor arguments that are given, in their order."""
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
     worker = choose(backend, u.device, u.dtype)
-    gradients = worker.backward(inputs, Options(delta_softplus, order, nslices), states, grad)
+    with torch.autocast(u.device.type, enabled=False):
+        gradients = worker.backward(inputs, Options(delta_softplus, order, nslices), states, grad)
     return [gradients[name] for name in inputs.given()]
 
 
