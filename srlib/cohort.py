@@ -1,0 +1,219 @@
+"""The embedded data set `mni152`: a virtual cohort grown from one real brain template.
+
+No subject in it is a person. The ICBM-152 T1 template and its grey- and white-matter probability
+maps (Fonov et al. 2009, as the nilearn package ships them) are deformed together by a random smooth
+map, one for each subject, and the deformed T1 is given a contrast, a bias field and noise of its own.
+Image and labels of a subject therefore agree by construction. The cohort shows that the machinery
+works, on any computer and without a network; it says nothing about accuracy on patients.
+
+Subject `n` is a function of the recipe and of `n` alone: its random numbers come from numpy's
+generator seeded with `(recipe.seed, n)`, so it is the same on every machine up to rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter, map_coordinates
+
+CLASSES = ("grey matter", "white matter")
+TEMPLATE_FILES = tuple(
+    f"mni_icbm152_{part}_tal_nlin_sym_09a_converted.nii.gz" for part in ("t1", "gm", "wm")
+)
+BRAIN_CENTRE = (0.0, -17.0, 5.0)
+"""Middle of the template's brain in MNI coordinates, mm: the middle of each subject's grid."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a subject depends on besides its number. Lengths in mm, intensities relative to T1's range.
+
+    The amplitudes are standard deviations of a displacement along one axis. They are kept below a
+    fifth of their field's width, so that the map stays one-to-one (no tissue folds over itself).
+    """
+
+    subjects: int = 32
+    spacing: float = 3.0
+    shape: tuple[int, int, int] = (64, 76, 64)
+    rotation: float = 6.0  # degrees, largest about each axis
+    scaling: float = 0.08  # largest relative change of length along each axis
+    translation: float = 6.0
+    deformations: tuple[tuple[float, float], ...] = ((24.0, 3.0), (9.0, 1.2))  # (width, amplitude)
+    gamma: float = 0.25  # largest |log| of the exponent applied to T1
+    grey: tuple[float, float] = (-0.15, 0.0)  # relative change of grey matter's intensity, from, to
+    white: tuple[float, float] = (-0.03, 0.05)
+    bias: float = 0.12  # standard deviation of the log of the bias field
+    bias_width: float = 45.0
+    noise: tuple[float, float] = (0.02, 0.05)  # Rician noise's standard deviation, from, to
+    seed: int = 152
+    version: int = 1  # raise it when the code below changes what a subject looks like
+
+
+RECIPE = Recipe()
+
+
+class Template(NamedTuple):
+    """T1 (0..1) and tissue probabilities, each (X, Y, Z) at 1 mm; `affine` maps voxels to MNI mm."""
+
+    t1: NDArray[np.float32]
+    grey: NDArray[np.float32]
+    white: NDArray[np.float32]
+    affine: NDArray[np.float64]
+
+
+def fingerprint(recipe: Recipe = RECIPE) -> str:
+    """Short hash of the recipe and of the template's files; of no computed float, so it is portable."""
+    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
+    for name in TEMPLATE_FILES:
+        digest.update((files("nilearn") / "datasets" / "data" / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def case_name(number: int) -> str:
+    """Case id of subject `number` (from 0): `virtual_01`, `virtual_02`, ..."""
+    return f"virtual_{number + 1:02d}"
+
+
+@cache
+def load_template(spacing: float) -> Template:
+    """The template from nilearn's package, blurred to what a grid of `spacing` mm can hold.
+
+    The Gaussian's full width at half maximum is one voxel of that grid, less than which sampling
+    would alias.
+    """
+    from nilearn import datasets  # here: it takes seconds, and a cohort that is built needs none
+
+    images = [
+        datasets.load_mni152_template(resolution=1),
+        datasets.load_mni152_gm_template(resolution=1),
+        datasets.load_mni152_wm_template(resolution=1),
+    ]
+    t1, grey, white = (
+        gaussian_filter(np.asarray(image.dataobj, np.float32), spacing / 2.355) for image in images
+    )
+    return Template(t1, grey, white, np.asarray(images[0].affine, np.float64))
+
+
+def grid_affine(recipe: Recipe) -> NDArray[np.float64]:
+    """Voxel-to-mm affine (RAS) of the subjects' common grid, the brain's middle at its middle."""
+    affine = np.diag([recipe.spacing] * 3 + [1.0])
+    affine[:3, 3] = BRAIN_CENTRE - recipe.spacing * (np.array(recipe.shape) - 1) / 2
+    return affine
+
+
+def smooth_field(rng: np.random.Generator, width: float, recipe: Recipe) -> NDArray[np.float64]:
+    """A random field (X, Y, Z) of unit standard deviation: white noise blurred by `width` mm."""
+    field = gaussian_filter(rng.standard_normal(recipe.shape), width / recipe.spacing)
+    return (field - field.mean()) / field.std()
+
+
+def deformation(rng: np.random.Generator, recipe: Recipe) -> NDArray[np.float64]:
+    """Where in the template each voxel of the subject comes from: MNI mm, (3, X, Y, Z)."""
+    angles = np.deg2rad(rng.uniform(-recipe.rotation, recipe.rotation, 3))
+    linear = np.diag(1 + rng.uniform(-recipe.scaling, recipe.scaling, 3))
+    for axis, angle in enumerate(angles):
+        turn = np.eye(3)
+        i, j = [k for k in range(3) if k != axis]
+        turn[[i, i, j, j], [i, j, i, j]] = (
+            np.cos(angle),
+            -np.sin(angle),
+            np.sin(angle),
+            np.cos(angle),
+        )
+        linear = linear @ turn
+    shift = rng.uniform(-recipe.translation, recipe.translation, 3)
+
+    middle = (np.array(recipe.shape) - 1) / 2
+    offsets = np.moveaxis(np.indices(recipe.shape), 0, -1) - middle  # (X, Y, Z, 3)
+    positions = np.moveaxis(recipe.spacing * offsets @ linear.T + BRAIN_CENTRE + shift, -1, 0)
+    for width, amplitude in recipe.deformations:
+        for axis in range(3):
+            positions[axis] += amplitude * smooth_field(rng, width, recipe)
+    return positions
+
+
+def make_subject(
+    number: int, recipe: Recipe = RECIPE
+) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+    """Image and label map of virtual subject `number`, each (X, Y, Z) on `grid_affine(recipe)`.
+
+    The labels are the most probable of background, grey and white matter after the probability maps
+    were deformed: borders stay smooth, which deformed label maps' do not. The image is T1 through a
+    random exponent and tissue contrast, times the bias field, with Rician noise (as magnitude images
+    have), in a scanner's arbitrary integer units.
+    """
+    rng = np.random.default_rng([recipe.seed, number])
+    template = load_template(recipe.spacing)
+    points = deformation(rng, recipe) - template.affine[:3, 3].reshape(
+        3, 1, 1, 1
+    )  # voxels are 1 mm
+    t1, grey, white = (
+        map_coordinates(volume, points, output=np.float64, order=1)
+        for volume in (template.t1, template.grey, template.white)
+    )
+    label = np.argmax(np.stack([1 - grey - white, grey, white]), axis=0).astype(np.uint8)
+
+    image = t1 ** np.exp(rng.uniform(-recipe.gamma, recipe.gamma))
+    image = image * (1 + rng.uniform(*recipe.grey) * grey + rng.uniform(*recipe.white) * white)
+    image = image * np.exp(recipe.bias * smooth_field(rng, recipe.bias_width, recipe))
+    noise = rng.uniform(*recipe.noise) * rng.standard_normal((2, *recipe.shape))
+    image = np.hypot(image + noise[0], noise[1])
+    gain = np.exp(rng.uniform(np.log(300), np.log(3000)))
+    return np.round(gain * image).astype(np.int16), label
+
+
+def build(folder: Path, recipe: Recipe = RECIPE) -> Path:
+    """Write the virtual cohort to `folder` in the Medical Segmentation Decathlon's layout, once.
+
+    A folder that is there is complete: the cohort is written beside it and renamed at the end. Of two
+    processes that build at the same time one wins and both find the same files.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        _write(partial, recipe)
+        partial.chmod(0o755)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # nobody else finished it either
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _write(folder: Path, recipe: Recipe) -> None:
+    affine, training = grid_affine(recipe), []
+    for number in range(recipe.subjects):
+        arrays = dict(zip(("images", "labels"), make_subject(number, recipe), strict=True))
+        for kind, array in arrays.items():
+            (folder / f"{kind}Tr").mkdir(exist_ok=True)
+            image = nib.Nifti1Image(array, affine)
+            image.header.set_xyzt_units("mm")
+            nib.save(image, folder / f"{kind}Tr" / f"{case_name(number)}.nii.gz")
+        training.append({k[:-1]: f"./{k}Tr/{case_name(number)}.nii.gz" for k in arrays})
+    description = {
+        "name": "Virtual cohort of the ICBM-152 template",
+        "description": "Random deformations of one template; no subject is a person",
+        "modality": {"0": "MRI"},
+        "labels": {str(k): name for k, name in enumerate(("background", *CLASSES))},
+        "numTraining": recipe.subjects,
+        "training": training,
+        "test": [],
+        "recipe": asdict(recipe),
+    }
+    (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")

@@ -1,0 +1,373 @@
+"""From a data set's files to the network: checks, cached preprocessing, seeded random samples.
+
+    files --check--> trusted files --load_case--> RAS, working spacing, z-scores, kept on disk
+          --TrainingSamples--> patches, each a pure function of (seed, step, index)
+
+Arrays are (C, X, Y, Z), the axes pointing right, anterior and superior; where the network says
+(D, H, W) it is given X, Y, Z. The registry itself is in `srlib.datasets`, all of it importable here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from math import radians
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from monai.transforms import (
+    Compose,
+    LoadImaged,
+    Orientationd,
+    RandAdjustContrastd,
+    RandGaussianNoised,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+    Spacingd,
+)
+from monai.transforms.utils import create_rotate, create_scale
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from srlib import cohort
+from srlib.datasets import (
+    REGISTRY,
+    Case,
+    DataError,
+    Dataset,
+    Split,
+    case_ids,
+    cases,
+    download,
+    find,
+    get,
+    split,
+)
+from srlib.paths import atomic_path, cache_dir
+
+__all__ = [
+    "REGISTRY",
+    "Case",
+    "DataError",
+    "Dataset",
+    "Split",
+    "TrainingSamples",
+    "case_ids",
+    "cases",
+    "check",
+    "download",
+    "find",
+    "fingerprint",
+    "get",
+    "load_case",
+    "normalise",
+    "split",
+    "summary",
+]
+
+VERSION = 1  # raise it when what is cached here (checks, summaries, preprocessed cases) changes
+
+
+# --- Facts about a whole data set, remembered until one of its files changes -----------------------
+
+
+def _identity(name: str, paths: Sequence[Path]) -> str:
+    """Short hash of files' places, sizes and times of change, and of what is expected of them."""
+    entry = get(name)
+    parts = [f"{VERSION} {name} {entry.classes} {entry.spacing}"]
+    for path in paths:
+        state = path.stat() if path.is_file() else None
+        parts.append(f"{path} {state.st_size} {state.st_mtime_ns}" if state else f"{path} missing")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _memory(name: str, what: str) -> Path:
+    """Where a fact about the data set, as its files are now, is kept."""
+    paths = [path for case in cases(name) for path in (case.image, case.label)]
+    return cache_dir("facts") / f"{name}-{what}-{_identity(name, paths)}"
+
+
+def _decode(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Voxels as stored (scaled as the header says) and affine."""
+    image = nib.Nifti1Image.from_filename(path)
+    return np.asarray(image.dataobj), np.asarray(image.affine, np.float64)
+
+
+def check(name: str) -> None:
+    """Hold every case against the registry's entry, before hours are spent on it.
+
+    Readable files, three dimensions, image and label on one grid (shape and affine), a regular
+    affine, finite and not constant intensities, label values that the entry knows.
+
+    Raises:
+        DataError: one line for each fault, naming the file and what was expected.
+    """
+    memory = _memory(name, "checked")
+    if memory.exists():
+        return
+    faults = [fault for case in cases(name) for fault in _faults(case, get(name))]
+    if faults:
+        raise DataError("\n".join([f"data set {name!r}, {len(faults)} fault(s):", *faults]))
+    with atomic_path(memory) as temporary:
+        temporary.write_text("every case passed srlib.data.check\n")
+
+
+def _faults(case: Case, entry: Dataset) -> Iterator[str]:
+    decoded = {}
+    for path in (case.image, case.label):
+        try:
+            decoded[path] = array, affine = _decode(path)
+        except Exception as error:  # nibabel and the decompressors know many kinds of broken file
+            yield f"{path}: cannot be read ({type(error).__name__}: {error})"
+            continue
+        if array.ndim != 3:
+            yield f"{path}: expected 3 dimensions, got shape {array.shape}"
+        if not abs(np.linalg.det(affine)) > 1e-9:  # NaN neither
+            yield f"{path}: its affine is singular or not finite"
+        if bad := np.count_nonzero(~np.isfinite(array)):
+            yield f"{path}: {bad} voxels are NaN or infinite"
+    if case.image in decoded and np.ptp(decoded[case.image][0]) == 0:
+        yield f"{case.image}: every voxel has the same value"
+    if case.label in decoded:
+        values = np.unique(decoded[case.label][0])
+        if len(unknown := values[~np.isin(values, range(entry.out_channels))]):
+            known = ", ".join(f"{k} {c}" for k, c in enumerate(("background", *entry.classes)))
+            yield f"{case.label}: unknown label values {unknown[:5].tolist()}; expected {known}"
+    if len(decoded) == 2:
+        (image, of_image), (label, of_label) = decoded.values()
+        if image.shape != label.shape:
+            yield f"{case.label}: its shape is {label.shape}, the image's {image.shape}"
+        if not np.allclose(of_image, of_label, atol=1e-3):
+            yield f"{case.label}: its affine is not the image's"
+
+
+def fingerprint(name: str) -> str:
+    """Short hash that names the data: of the decoded arrays; of the virtual cohort, its recipe."""
+    if get(name).virtual:
+        return cohort.fingerprint(cohort.RECIPE)
+    memory = _memory(name, "fingerprint")
+    if not memory.exists():
+        digest = hashlib.sha256()
+        for case in cases(name):
+            (image, affine), (label, _) = _decode(case.image), _decode(case.label)
+            digest.update(f"{case.id} {image.shape}".encode())
+            for array, kind in ((image, "<f4"), (label, "u1"), (affine, "<f8")):
+                digest.update(array.astype(kind).tobytes())
+        with atomic_path(memory) as temporary:
+            temporary.write_text(digest.hexdigest()[:16])
+    return memory.read_text()
+
+
+def summary(name: str) -> pd.DataFrame:
+    """One row a case: voxels and voxel size (mm) along each axis, intensities, volumes (ml)."""
+    memory = _memory(name, "summary")
+    if not memory.exists():
+        with atomic_path(memory) as temporary:
+            rows = [_row(case, get(name)) for case in cases(name)]
+            pd.DataFrame(rows).to_csv(temporary, index=False)
+    return pd.read_csv(memory, float_precision="round_trip")
+
+
+def _row(case: Case, entry: Dataset) -> dict[str, object]:
+    (image, affine), (label, _) = _decode(case.image), _decode(case.label)
+    size = nib.affines.voxel_sizes(affine)
+    row: dict[str, object] = {"case": case.id}
+    row |= {f"voxels_{axis}": n for axis, n in zip("xyz", image.shape, strict=True)}
+    row |= {f"spacing_{axis}_mm": s for axis, s in zip("xyz", size, strict=True)}
+    row |= {"intensity_min": image.min(), "intensity_max": image.max()}
+    for value, of_class in enumerate(entry.classes, start=1):
+        row[f"{of_class} (ml)"] = np.count_nonzero(label == value) * size.prod() / 1000
+    return row
+
+
+# --- The deterministic part, once a case -----------------------------------------------------------
+
+
+def normalise(image: NDArray[Any]) -> NDArray[np.float32]:
+    """Robust z-scores of one channel: clipped at its 0.5 and 99.5 percentiles, mean 0, deviation 1.
+
+    Scanners' units are arbitrary (maxima from 100 to 1.7 million in one data set), so each image is
+    its own scale. numpy in float64, since the result must not depend on the number of threads.
+    """
+    low, high = np.percentile(image, (0.5, 99.5))
+    clipped = np.clip(np.asarray(image, np.float64), low, high)
+    deviation = clipped.std()
+    return ((clipped - clipped.mean()) / (deviation if deviation > 0 else 1)).astype(np.float32)
+
+
+def _preprocessed(name: str, case: Case) -> Path:
+    """The file of a preprocessed case: safetensors, which can be read without running code."""
+    path = cache_dir("cases", name) / f"{case.id}-{_identity(name, case[1:])}.safetensors"
+    if path.exists():
+        return path
+    keys = ("image", "label")
+    load = Compose(
+        [
+            LoadImaged(keys, ensure_channel_first=True),
+            Orientationd(keys, axcodes="RAS", labels=None),
+            Spacingd(keys, pixdim=get(name).spacing, mode=("bilinear", "nearest")),
+        ]
+    )
+    loaded = load({"image": case.image, "label": case.label})
+    tensors = {
+        "image": torch.from_numpy(np.stack([normalise(c) for c in loaded["image"].numpy()])),
+        "label": loaded["label"].as_tensor().to(torch.uint8).contiguous(),  # (1, X, Y, Z)
+        "affine": loaded["image"].affine.to(torch.float64).contiguous(),
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+    return path
+
+
+def load_case(name: str, case_id: str) -> dict[str, Any]:
+    """One preprocessed case, from the cache when its files have not changed.
+
+    Returns:
+        `image` float32 (C, X, Y, Z), robust z-scores, axes RAS, the entry's spacing; `label` int64
+        (1, X, Y, Z); `affine` (4, 4) of this grid, voxels to mm; `spacing` in mm; `id`.
+    """
+    for case in cases(name):
+        if case.id == case_id:
+            tensors = load_file(_preprocessed(name, case))
+            spacing = tuple(map(float, nib.affines.voxel_sizes(tensors["affine"].numpy())))
+            label = tensors["label"].long()
+            return {**tensors, "label": label, "spacing": spacing, "id": case_id}
+    raise ValueError(f"data set {name!r} has no case {case_id!r}")
+
+
+# --- The random part, once a sample ----------------------------------------------------------------
+
+
+class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Random training patches, item `i` being a pure function of (seed, step, index in the batch).
+
+    Item `i` belongs to step `first_step + i // batch_size`, so a run resumed at a step goes on with
+    the samples that the uninterrupted run would have seen. Cases come in a new random order each
+    time all have been seen. Two patches of three are centred on a random foreground voxel, as far as
+    the case reaches; a case smaller than the patch lies anywhere in it. What is outside of the scan
+    is 0, its mean intensity, as in MONAI's sliding-window inference.
+
+    With `augment`: rotation up to 15 degrees about each axis and scaling by 0.85 to 1.15 (half of
+    the samples, in one resampling), mirroring along the entry's `flip_axes`, and intensity scale,
+    shift, gamma and noise.
+
+    Args:
+        name: data set.
+        case_ids: cases to draw from, such as `split(name).train`.
+        patch_size: voxels, (X, Y, Z).
+        batch_size: samples a step.
+        steps: number of steps; the length is `steps * batch_size`.
+        seed: non-negative integer.
+        augment: False for plain crops.
+        first_step: step that item 0 belongs to.
+
+    Returns:
+        Each item: `image` float32 (C, *patch_size), `label` int64 (1, *patch_size).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        case_ids: Sequence[str],
+        patch_size: Sequence[int],
+        batch_size: int,
+        steps: int,
+        seed: int,
+        augment: bool = True,
+        first_step: int = 0,
+    ) -> None:
+        if not case_ids or len(patch_size) != 3:
+            raise ValueError(f"expected cases and 3 patch sizes, got {case_ids!r}, {patch_size!r}")
+        known = {case.id: case for case in cases(name)}
+        if unknown := [i for i in case_ids if i not in known]:
+            raise ValueError(f"data set {name!r} has no case {', '.join(unknown[:5])}")
+        self.files = [_preprocessed(name, known[i]) for i in case_ids]
+        self.patch_size = tuple(patch_size)
+        self.batch_size, self.steps, self.first_step = batch_size, steps, first_step
+        self.seed, self.augment, self.flip_axes = seed, augment, get(name).flip_axes
+        self.intensity = Compose(
+            [
+                RandScaleIntensityd("image", factors=0.15, prob=0.5),
+                RandShiftIntensityd("image", offsets=0.15, prob=0.5),
+                RandAdjustContrastd("image", gamma=(0.7, 1.5), prob=0.3),
+                RandGaussianNoised("image", std=0.1, prob=0.3),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return self.steps * self.batch_size
+
+    def __getitem__(self, item: int) -> dict[str, Tensor]:
+        if not 0 <= item < len(self):
+            raise IndexError(f"item {item} of {len(self)}")
+        number = self.first_step * self.batch_size + item
+        epoch, position = divmod(number, len(self.files))
+        order = _random_state(self.seed, 0, epoch).permutation(len(self.files))
+        random = _random_state(self.seed, 1, *divmod(number, self.batch_size))
+
+        case = load_file(self.files[order[position]])
+        image, label = case["image"], case["label"]
+        corner = _corner(label[0], self.patch_size, random)
+        if self.augment and random.rand() < 0.5:
+            image, label = _turned_patch(image, label, corner, self.patch_size, random)
+        else:
+            image, label = (_patch(array, corner, self.patch_size) for array in (image, label))
+        if self.augment:
+            flips = [axis + 1 for axis in self.flip_axes if random.rand() < 0.5]  # 0 is the channel
+            image, label = image.flip(flips), label.flip(flips)
+            self.intensity.set_random_state(state=random)
+            image = self.intensity({"image": image})["image"].as_tensor()
+        return {"image": image, "label": label.long()}
+
+
+def _random_state(*key: int) -> np.random.RandomState:
+    """MONAI's kind of generator, seeded with a tuple of integers."""
+    return np.random.RandomState(np.random.SeedSequence(key).generate_state(4))
+
+
+def _corner(
+    label: Tensor, patch: tuple[int, ...], random: np.random.RandomState
+) -> NDArray[np.int64]:
+    """First voxel of the patch in a case (X, Y, Z); negative where the case is the smaller one."""
+    room = np.array(label.shape) - patch
+    corner = random.randint(np.minimum(room, 0), np.maximum(room, 0) + 1)
+    foreground = torch.nonzero(label)
+    if random.rand() < 2 / 3 and len(foreground):
+        voxel = foreground[random.randint(len(foreground))].numpy()
+        centred = np.clip(voxel - np.array(patch) // 2, 0, np.maximum(room, 0))
+        corner = np.where(room > 0, centred, corner)
+    return corner
+
+
+def _patch(array: Tensor, corner: NDArray[np.int64], patch: tuple[int, ...]) -> Tensor:
+    """(C, X, Y, Z) -> (C, *patch) from `corner` on, 0 outside of the case."""
+    after = corner + patch - array.shape[1:]
+    pads = np.stack([-corner, after], axis=1)[::-1]  # torch names the last axis first; < 0 crops
+    return F.pad(array, pads.flatten().tolist())
+
+
+def _turned_patch(
+    image: Tensor,
+    label: Tensor,
+    corner: NDArray[np.int64],
+    patch: tuple[int, ...],
+    random: np.random.RandomState,
+) -> tuple[Tensor, Tensor]:
+    """`_patch` of a randomly rotated and scaled case; only the patch's voxels are resampled."""
+    angles = [radians(random.uniform(-15, 15)) for _ in range(3)]
+    factors = [random.uniform(0.85, 1.15) for _ in range(3)]
+    turn = np.asarray(create_rotate(3, angles) @ create_scale(3, factors))[:3, :3]
+    # Voxel x among n has torch's coordinate (2x + 1) / n - 1, and the axes come in reverse order.
+    sizes, middle = np.array(image.shape[1:]), corner + (np.array(patch) - 1) / 2
+    linear = turn * patch / sizes[:, None]
+    theta = np.column_stack([linear[:, ::-1], (2 * middle + 1) / sizes - 1])[::-1].copy()
+    grid = F.affine_grid(torch.from_numpy(theta)[None].float(), [1, 1, *patch], align_corners=False)
+    turned = F.grid_sample(image[None], grid, align_corners=False)[0]
+    labels = F.grid_sample(label[None].float(), grid, mode="nearest", align_corners=False)[0]
+    return turned, labels
