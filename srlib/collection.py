@@ -1,0 +1,378 @@
+"""The collection: executes the notebooks in order and writes down what they made, and with what.
+
+A run fills one folder, `results/<profile>/<dataset>/`:
+
+- `figures/` and `tables/`: written by the notebooks through `srlib.plots`;
+- `notebooks/`: each notebook as executed (`.ipynb`), its page (`.html`) and what it printed (`.log`);
+- `manifest.json`: for each notebook what it was computed with, how long it took and what it wrote.
+
+A notebook that is computed and unchanged is not computed again. Unchanged means that its *stamp* is: a hash of
+its cells and parameters, of the sources of `srlib`, of the reference tables, of the data, and of the versions
+and the device it runs with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import nbformat
+from nbformat import NotebookNode
+
+from srlib import data, paths, profiles, provenance, runs
+
+PARAMETERS = ("PROFILE", "DATASET", "INTERACTIVE")
+# Seconds that one cell may take before the run is given up as hanging; the full profile has no limit.
+CELL_TIMEOUT = {"smoke": 20 * 60, "default": 3 * 3600}
+# Tags of the cells that papermill adds to a notebook.
+ADDED_CELLS = {"injected-parameters", "papermill-error-cell-tag"}
+ABSOLUTE_PATH = re.compile(r"(?<![\w.~/])/(?:root|home|Users|work|tmp|private|opt|usr)/[\w.]")
+ANSI_CODE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class NotebookError(RuntimeError):
+    """A notebook did not run to its end."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run of the collection executes: a profile, a data set and notebooks in order."""
+
+    profile: str
+    dataset: str
+    notebooks: tuple[Path, ...]
+
+    @property
+    def results(self) -> Path:
+        """The folder that the run fills."""
+        return paths.results_dir(self.profile, self.dataset)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What was written down so far about what is in that folder."""
+        file = self.results / "manifest.json"
+        if file.exists():
+            return json.loads(file.read_text())
+        return {"profile": self.profile, "dataset": self.dataset, "notebooks": {}}
+
+    def executed(self, notebook: Path, suffix: str = ".ipynb") -> Path:
+        """Where the executed copy of a notebook goes; with another suffix its page or its log."""
+        return self.results / "notebooks" / (notebook.stem + suffix)
+
+
+def plan(
+    profile: str, dataset: str, only: Sequence[str] = (), folder: Path = paths.NOTEBOOKS
+) -> Plan:
+    """Check every name before anything runs.
+
+    Args:
+        profile: name of a profile.
+        dataset: name of a data set.
+        only: numbers or names of notebooks (`3`, `03` or `03_training`); empty means all.
+        folder: where the notebooks are.
+
+    Raises:
+        ValueError: an unknown profile, data set or notebook, or a notebook whose parameters cannot be filled.
+        FileNotFoundError: the data set is not on this machine.
+    """
+    profiles.get(profile)
+    if not data.get(dataset).virtual:
+        data.find(dataset)
+    chosen = tuple(select(find_notebooks(folder), only))
+    for notebook in chosen:
+        parameters_for(notebook, profile, dataset)
+    return Plan(profile, dataset, chosen)
+
+
+def find_notebooks(folder: Path = paths.NOTEBOOKS) -> list[Path]:
+    """The collection's notebooks (`00_start_here.ipynb` and so on) in reading order."""
+    found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise ValueError(f"no notebooks named like 00_start_here.ipynb in {folder}")
+    return found
+
+
+def select(notebooks: Sequence[Path], only: Iterable[str]) -> list[Path]:
+    """Those notebooks that `only` names by number or by name; all when it names none."""
+    names = {notebook.stem: notebook for notebook in notebooks}
+    numbers = {notebook.stem[:2]: notebook for notebook in notebooks}
+    chosen = []
+    for name in only:
+        notebook = numbers.get(name.zfill(2)) or names.get(name.removesuffix(".ipynb"))
+        if notebook is None:
+            raise ValueError(f"notebook {name!r} is not one of {', '.join(names)}")
+        chosen.append(notebook)
+    return [notebook for notebook in notebooks if not chosen or notebook in chosen]
+
+
+def parameters_for(notebook: Path, profile: str, dataset: str) -> dict[str, Any]:
+    """Values for what the notebook's cell tagged `parameters` declares.
+
+    Papermill itself only warns of a name that does not match, and the notebook would then quietly run with its
+    own default; so a name that the collection does not know is an error.
+    """
+    import papermill
+
+    declared = papermill.inspect_notebook(str(notebook))
+    unknown = sorted(set(declared) - set(PARAMETERS))
+    if unknown or not declared:
+        raise ValueError(
+            f"{notebook.name}: its cell tagged 'parameters' declares {', '.join(unknown) or 'nothing'}; "
+            f"expected are names out of {', '.join(PARAMETERS)}"
+        )
+    values = {"PROFILE": profile, "DATASET": dataset, "INTERACTIVE": False}
+    return {name: values[name] for name in declared}
+
+
+def title(notebook: Path) -> str:
+    """The notebook's first heading."""
+    text = "\n".join(cell.source for cell in _read(notebook).cells if cell.cell_type == "markdown")
+    heading = re.search(r"^# (.+)$", text, re.MULTILINE)
+    return heading[1].strip() if heading else notebook.stem
+
+
+def stamp(notebook: Path, profile: str, dataset: str) -> str:
+    """A hash of everything that the notebook's results depend on, see the text above."""
+    made_with = provenance.describe()
+    contents = {
+        "cells": [(cell.cell_type, cell.source) for cell in _read(notebook).cells],
+        "parameters": parameters_for(notebook, profile, dataset),
+        "profile": profile,
+        "data": [dataset, data.fingerprint(dataset)],
+        "sources": _hash_files(paths.ROOT / "srlib", ("*.py", "*.json", "*.mplstyle")),
+        "reference": _hash_files(paths.REFERENCE, ("*.csv", "*.json")),
+        "made with": [made_with[key] for key in ("versions", "device", "threads")],
+    }
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_current(plan: Plan, notebook: Path) -> bool:
+    """Whether the notebook was computed, nothing it depends on has changed and all it wrote is there."""
+    entry = plan.manifest["notebooks"].get(notebook.stem)
+    if entry is None or entry["stamp"] != stamp(notebook, plan.profile, plan.dataset):
+        return False
+    written = [plan.results / name for name in entry["outputs"]]
+    return all(
+        file.exists()
+        for file in (*written, plan.executed(notebook), plan.executed(notebook, ".html"))
+    )
+
+
+def run(plan: Plan, force: bool = False) -> None:
+    """Check the data, execute the plan's notebooks in order, print one line for each, and sum up.
+
+    Raises:
+        srlib.data.DataError: bad files in the data set.
+        NotebookError: a notebook failed; what was computed before it stays.
+    """
+    start = time.perf_counter()
+    print(f"profile {plan.profile}, data set {plan.dataset}, {provenance.device_name()}")
+    data.check(plan.dataset)
+    width = max(len(notebook.stem) for notebook in plan.notebooks)
+    computed = 0
+    for notebook in plan.notebooks:
+        print(f"  {notebook.stem:<{width}}  ", end="", flush=True)
+        if not force and is_current(plan, notebook):
+            print("unchanged")
+            continue
+        try:
+            seconds = execute(plan, notebook)
+        except BaseException:
+            print("stopped")
+            raise
+        computed += 1
+        print(duration(seconds))
+    print(summary(plan, computed, time.perf_counter() - start))
+
+
+def summary(plan: Plan, computed: int, seconds: float) -> str:
+    """The closing lines of a run: what was done, and where it is."""
+    outputs = {name for entry in plan.manifest["notebooks"].values() for name in entry["outputs"]}
+    figures, tables = (sum(name.endswith(end) for name in outputs) for end in (".png", ".csv"))
+    return (
+        f"{computed} computed, {len(plan.notebooks) - computed} unchanged, {duration(seconds)} in all; "
+        f"{figures} figures and {tables} tables\n"
+        f"results: {_shown(plan.results)}\n"
+        f"to read: {_shown(plan.executed(plan.notebooks[0], '.html'))} and the pages beside it"
+    )
+
+
+def execute(plan: Plan, notebook: Path) -> float:
+    """Execute one notebook from its source; write its page and its entry in the manifest.
+
+    Returns:
+        Seconds that it took.
+
+    Raises:
+        NotebookError: names the cell and the log; the notebook as far as it came is kept beside the log.
+    """
+    import papermill
+
+    working, log = plan.executed(notebook, ".running.ipynb"), plan.executed(notebook, ".log")
+    working.parent.mkdir(parents=True, exist_ok=True)
+    mark, before = stamp(notebook, plan.profile, plan.dataset), _written(plan.results)
+    start = time.perf_counter()
+    with kernel_environment(plan.profile), log.open("w", encoding="utf-8") as stream:
+        try:
+            papermill.execute_notebook(
+                notebook,
+                working,
+                parameters=parameters_for(notebook, plan.profile, plan.dataset),
+                kernel_name="python3",
+                language="python",
+                cwd=notebook.parent,
+                execution_timeout=CELL_TIMEOUT.get(plan.profile),
+                progress_bar=sys.stderr.isatty(),
+                stdout_file=stream,
+                stderr_file=stream,
+                extra_arguments=["--log-level=50"],  # what the kernel says of itself is no output
+            )
+        except Exception as error:
+            message = ANSI_CODE.sub("", str(error)).strip() or type(error).__name__
+            stream.write(f"\n{message}\n")
+            failed = working.replace(plan.executed(notebook, ".failed.ipynb"))
+            raise NotebookError(
+                f"{notebook.name}: cell {_failing_cell(failed)} failed: {message.splitlines()[-1]}\n"
+                f"log: {_shown(log)}\nas far as it came: {_shown(failed)}"
+            ) from error
+    seconds = time.perf_counter() - start
+    working.replace(plan.executed(notebook))
+    plan.executed(notebook, ".failed.ipynb").unlink(missing_ok=True)
+    _write_page(plan.executed(notebook))
+    outputs = sorted(dict(_written(plan.results).items() - before.items()))
+    _record(plan, notebook, {"stamp": mark, "seconds": round(seconds, 1), "outputs": outputs})
+    return seconds
+
+
+@contextmanager
+def kernel_environment(profile: str) -> Iterator[None]:
+    """Set the environment of the kernels that are started meanwhile.
+
+    They get the profile, and the kernel `python3` is this very interpreter: one of that name that the user has
+    registered for another environment does not come first.
+    """
+    from ipykernel.kernelspec import write_kernel_spec
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_kernel_spec(Path(folder) / "kernels" / "python3")
+        path = os.pathsep.join(filter(None, (folder, os.environ.get("JUPYTER_PATH"))))
+        with patch.dict(os.environ, {"SRLIB_PROFILE": profile, "JUPYTER_PATH": path}):
+            yield
+
+
+def store_outputs(plan: Plan) -> None:
+    """Copy what the plan's last run displayed into the committed notebooks, for maintainers.
+
+    Outputs only: times, papermill's metadata and the kernel's version are left behind.
+
+    Raises:
+        ValueError: a notebook was not executed as it now stands, or an output holds an absolute path.
+    """
+    for notebook in plan.notebooks:
+        if not is_current(plan, notebook):
+            raise ValueError(f"{notebook.name} was not executed as it now stands; run it first")
+        source, executed = _read(notebook), _read(plan.executed(notebook))
+        count = 0
+        for number, (cell, done) in enumerate(
+            zip(source.cells, _own_cells(executed), strict=True), 1
+        ):
+            cell.metadata = NotebookNode(
+                {key: cell.metadata[key] for key in cell.metadata if key == "tags"}
+            )
+            if cell.cell_type != "code":
+                continue
+            if ABSOLUTE_PATH.search(json.dumps(done.outputs)):
+                raise ValueError(
+                    f"{notebook.name}: the output of cell {number} holds an absolute path"
+                )
+            count += 1
+            cell.execution_count, cell.outputs = count, done.outputs
+            for output in cell.outputs:
+                if output.output_type == "execute_result":
+                    output.execution_count = count
+        source.metadata = NotebookNode(
+            kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
+            language_info={"name": "python"},
+        )
+        with paths.atomic_path(notebook) as temporary:
+            nbformat.write(source, temporary)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: `7 s`, `2 min 05 s`, `3 h 20 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _read(notebook: Path) -> NotebookNode:
+    return nbformat.read(notebook, as_version=4)
+
+
+def _own_cells(executed: NotebookNode) -> list[NotebookNode]:
+    """The cells that an executed notebook has from its source."""
+    return [cell for cell in executed.cells if not ADDED_CELLS & set(cell.metadata.get("tags", []))]
+
+
+def _failing_cell(failed: Path) -> int:
+    """The number, from 1, of the source's cell that a failed notebook stopped at."""
+    states = [
+        cell.metadata.get("papermill", {}).get("status") for cell in _own_cells(_read(failed))
+    ]
+    return next((n for n, state in enumerate(states, 1) if state in ("failed", "running")), 1)
+
+
+def _record(plan: Plan, notebook: Path, entry: dict[str, Any]) -> None:
+    """Add a notebook's entry to the manifest."""
+    manifest = plan.manifest
+    manifest["training"] = dataclasses.asdict(runs.config_for(plan.profile, plan.dataset))
+    manifest["data"] = data.fingerprint(plan.dataset)
+    entry["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest["notebooks"][notebook.stem] = entry | provenance.describe()
+    with paths.atomic_path(plan.results / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def _write_page(executed: Path) -> None:
+    """Write an executed notebook as an HTML page beside it that needs no other file."""
+    from nbconvert import HTMLExporter
+
+    from srlib.plots import with_alt_text
+
+    resources = {"metadata": {"name": executed.stem}}
+    html, _ = HTMLExporter().from_notebook_node(with_alt_text(_read(executed)), resources)
+    with paths.atomic_path(executed.with_suffix(".html")) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+def _written(results: Path) -> dict[str, int]:
+    """Every figure and table of a results folder with the time it was written."""
+    files = [*results.glob("figures/*"), *results.glob("tables/*")]
+    return {file.relative_to(results).as_posix(): file.stat().st_mtime_ns for file in files}
+
+
+def _hash_files(folder: Path, patterns: Iterable[str]) -> str:
+    """A hash of the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in patterns for file in folder.rglob(pattern)}):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _shown(path: Path) -> str:
+    """A path as people type it: from the working directory when it lies below."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

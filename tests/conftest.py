@@ -1,0 +1,14 @@
+"""Settings of all tests, the notebooks' cells under nbval among them."""
+
+import os
+import tempfile
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Results of tests go to a folder of their own: nothing is reused, nothing of the user's is touched."""
+    folder = tempfile.TemporaryDirectory(prefix="srlib-test-results-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["SRLIB_RESULTS"] = folder.name
+    os.environ["MPLBACKEND"] = "agg"
