@@ -2,7 +2,7 @@
 
 No subject in it is a person. The ICBM-152 T1 template and its grey- and white-matter probability
 maps (Fonov et al. 2009, as the nilearn package ships them) are deformed together by a random smooth
-map, one for each subject, and the deformed T1 is given a contrast, a bias field and noise of its own.
+map, one for each subject, and the deformed T1 gets a contrast, a bias field and noise of its own.
 Image and labels of a subject therefore agree by construction. The cohort shows that the machinery
 works, on any computer and without a network; it says nothing about accuracy on patients.
 
@@ -26,21 +26,19 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.spatial.transform import Rotation
 
 CLASSES = ("grey matter", "white matter")
-TEMPLATE_FILES = tuple(
-    f"mni_icbm152_{part}_tal_nlin_sym_09a_converted.nii.gz" for part in ("t1", "gm", "wm")
-)
-BRAIN_CENTRE = (0.0, -17.0, 5.0)
-"""Middle of the template's brain in MNI coordinates, mm: the middle of each subject's grid."""
+TEMPLATE_FILES = [f"mni_icbm152_{t}_tal_nlin_sym_09a_converted.nii.gz" for t in ("t1", "gm", "wm")]
+BRAIN_CENTRE = (0.0, -17.0, 5.0)  # MNI coordinates, mm: the middle of each subject's grid
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a subject depends on besides its number. Lengths in mm, intensities relative to T1's range.
+    """Everything a subject depends on besides its number. Lengths in mm, intensities in T1's range.
 
-    The amplitudes are standard deviations of a displacement along one axis. They are kept below a
-    fifth of their field's width, so that the map stays one-to-one (no tissue folds over itself).
+    The amplitudes are standard deviations of a displacement along one axis. They stay below a fifth
+    of their field's width, so that the map is one-to-one: no tissue folds over itself.
     """
 
     subjects: int = 32
@@ -56,7 +54,7 @@ class Recipe:
     bias: float = 0.12  # standard deviation of the log of the bias field
     bias_width: float = 45.0
     noise: tuple[float, float] = (0.02, 0.05)  # Rician noise's standard deviation, from, to
-    seed: int = 152
+    seed: int = 2009
     version: int = 1  # raise it when the code below changes what a subject looks like
 
 
@@ -64,7 +62,7 @@ RECIPE = Recipe()
 
 
 class Template(NamedTuple):
-    """T1 (0..1) and tissue probabilities, each (X, Y, Z) at 1 mm; `affine` maps voxels to MNI mm."""
+    """T1 (0..1) and tissue probabilities, each (X, Y, Z) at 1 mm; affine from voxels to MNI mm."""
 
     t1: NDArray[np.float32]
     grey: NDArray[np.float32]
@@ -72,37 +70,31 @@ class Template(NamedTuple):
     affine: NDArray[np.float64]
 
 
-def fingerprint(recipe: Recipe = RECIPE) -> str:
-    """Short hash of the recipe and of the template's files; of no computed float, so it is portable."""
+def fingerprint(recipe: Recipe) -> str:
+    """Short hash of recipe and template files; of no computed float, so the same everywhere."""
     digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
     for name in TEMPLATE_FILES:
         digest.update((files("nilearn") / "datasets" / "data" / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
-def case_name(number: int) -> str:
-    """Case id of subject `number` (from 0): `virtual_01`, `virtual_02`, ..."""
-    return f"virtual_{number + 1:02d}"
-
-
 @cache
 def load_template(spacing: float) -> Template:
     """The template from nilearn's package, blurred to what a grid of `spacing` mm can hold.
 
-    The Gaussian's full width at half maximum is one voxel of that grid, less than which sampling
-    would alias.
+    The Gaussian's full width at half maximum is one voxel of that grid, against aliasing.
     """
     from nilearn import datasets  # here: it takes seconds, and a cohort that is built needs none
 
-    images = [
+    parts = (
         datasets.load_mni152_template(resolution=1),
         datasets.load_mni152_gm_template(resolution=1),
         datasets.load_mni152_wm_template(resolution=1),
-    ]
-    t1, grey, white = (
-        gaussian_filter(np.asarray(image.dataobj, np.float32), spacing / 2.355) for image in images
     )
-    return Template(t1, grey, white, np.asarray(images[0].affine, np.float64))
+    t1, grey, white = (
+        gaussian_filter(part.get_fdata(dtype=np.float32), spacing / 2.355) for part in parts
+    )
+    return Template(t1, grey, white, parts[0].affine)
 
 
 def grid_affine(recipe: Recipe) -> NDArray[np.float64]:
@@ -120,18 +112,9 @@ def smooth_field(rng: np.random.Generator, width: float, recipe: Recipe) -> NDAr
 
 def deformation(rng: np.random.Generator, recipe: Recipe) -> NDArray[np.float64]:
     """Where in the template each voxel of the subject comes from: MNI mm, (3, X, Y, Z)."""
-    angles = np.deg2rad(rng.uniform(-recipe.rotation, recipe.rotation, 3))
-    linear = np.diag(1 + rng.uniform(-recipe.scaling, recipe.scaling, 3))
-    for axis, angle in enumerate(angles):
-        turn = np.eye(3)
-        i, j = [k for k in range(3) if k != axis]
-        turn[[i, i, j, j], [i, j, i, j]] = (
-            np.cos(angle),
-            -np.sin(angle),
-            np.sin(angle),
-            np.cos(angle),
-        )
-        linear = linear @ turn
+    angles = rng.uniform(-recipe.rotation, recipe.rotation, 3)
+    scales = 1 + rng.uniform(-recipe.scaling, recipe.scaling, 3)
+    linear = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() * scales
     shift = rng.uniform(-recipe.translation, recipe.translation, 3)
 
     middle = (np.array(recipe.shape) - 1) / 2
@@ -143,21 +126,20 @@ def deformation(rng: np.random.Generator, recipe: Recipe) -> NDArray[np.float64]
     return positions
 
 
-def make_subject(
-    number: int, recipe: Recipe = RECIPE
-) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+def make_subject(number: int, recipe: Recipe) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
     """Image and label map of virtual subject `number`, each (X, Y, Z) on `grid_affine(recipe)`.
 
     The labels are the most probable of background, grey and white matter after the probability maps
-    were deformed: borders stay smooth, which deformed label maps' do not. The image is T1 through a
-    random exponent and tissue contrast, times the bias field, with Rician noise (as magnitude images
-    have), in a scanner's arbitrary integer units.
+    were deformed: borders stay smooth, which deformed label maps' do not. The image is T1 with a
+    random exponent and tissue contrast, times the bias field, with Rician noise (that of magnitude
+    images), in a scanner's arbitrary integer units.
     """
     rng = np.random.default_rng([recipe.seed, number])
     template = load_template(recipe.spacing)
-    points = deformation(rng, recipe) - template.affine[:3, 3].reshape(
-        3, 1, 1, 1
-    )  # voxels are 1 mm
+    origin = template.affine[
+        :3, 3, None, None, None
+    ]  # its voxels are 1 mm, so this is all it takes
+    points = deformation(rng, recipe) - origin
     t1, grey, white = (
         map_coordinates(volume, points, output=np.float64, order=1)
         for volume in (template.t1, template.grey, template.white)
@@ -173,11 +155,11 @@ def make_subject(
     return np.round(gain * image).astype(np.int16), label
 
 
-def build(folder: Path, recipe: Recipe = RECIPE) -> Path:
+def build(folder: Path, recipe: Recipe) -> Path:
     """Write the virtual cohort to `folder` in the Medical Segmentation Decathlon's layout, once.
 
-    A folder that is there is complete: the cohort is written beside it and renamed at the end. Of two
-    processes that build at the same time one wins and both find the same files.
+    A folder that is there is complete: the cohort is written beside it and renamed at the end. Of
+    two processes that build at once one wins, and both find the same files.
     """
     if folder.is_dir():
         return folder
@@ -193,27 +175,27 @@ def build(folder: Path, recipe: Recipe = RECIPE) -> Path:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        load_template.cache_clear()  # 100 MB that nobody needs any more
     return folder
 
 
 def _write(folder: Path, recipe: Recipe) -> None:
-    affine, training = grid_affine(recipe), []
+    training = []
     for number in range(recipe.subjects):
-        arrays = dict(zip(("images", "labels"), make_subject(number, recipe), strict=True))
-        for kind, array in arrays.items():
-            (folder / f"{kind}Tr").mkdir(exist_ok=True)
-            image = nib.Nifti1Image(array, affine)
-            image.header.set_xyzt_units("mm")
-            nib.save(image, folder / f"{kind}Tr" / f"{case_name(number)}.nii.gz")
-        training.append({k[:-1]: f"./{k}Tr/{case_name(number)}.nii.gz" for k in arrays})
+        case = {k: f"./{k}sTr/virtual_{number + 1:02d}.nii.gz" for k in ("image", "label")}
+        for array, file in zip(make_subject(number, recipe), case.values(), strict=True):
+            nifti = nib.Nifti1Image(array, grid_affine(recipe))
+            nifti.header.set_xyzt_units("mm")
+            (folder / file).parent.mkdir(exist_ok=True)
+            nib.save(nifti, folder / file)
+        training.append(case)
     description = {
         "name": "Virtual cohort of the ICBM-152 template",
         "description": "Random deformations of one template; no subject is a person",
         "modality": {"0": "MRI"},
-        "labels": {str(k): name for k, name in enumerate(("background", *CLASSES))},
+        "labels": {str(value): name for value, name in enumerate(("background", *CLASSES))},
         "numTraining": recipe.subjects,
         "training": training,
-        "test": [],
         "recipe": asdict(recipe),
     }
     (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")

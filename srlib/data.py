@@ -4,7 +4,7 @@
           --TrainingSamples--> patches, each a pure function of (seed, step, index)
 
 Arrays are (C, X, Y, Z), the axes pointing right, anterior and superior; where the network says
-(D, H, W) it is given X, Y, Z. The registry itself is in `srlib.datasets`, all of it importable here.
+(D, H, W) it is given X, Y, Z. The registry is in `srlib.datasets`; all of it can be imported here.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ __all__ = [
 VERSION = 1  # raise it when what is cached here (checks, summaries, preprocessed cases) changes
 
 
-# --- Facts about a whole data set, remembered until one of its files changes -----------------------
+# --- Facts about a whole data set, remembered until one of its files changes --------------------
 
 
 def _identity(name: str, paths: Sequence[Path]) -> str:
@@ -186,7 +186,7 @@ def _row(case: Case, entry: Dataset) -> dict[str, object]:
     return row
 
 
-# --- The deterministic part, once a case -----------------------------------------------------------
+# --- The deterministic part, once a case --------------------------------------------------------
 
 
 def normalise(image: NDArray[Any]) -> NDArray[np.float32]:
@@ -241,7 +241,7 @@ def load_case(name: str, case_id: str) -> dict[str, Any]:
     raise ValueError(f"data set {name!r} has no case {case_id!r}")
 
 
-# --- The random part, once a sample ----------------------------------------------------------------
+# --- The random part, once a sample -------------------------------------------------------------
 
 
 class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -249,9 +249,9 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     Item `i` belongs to step `first_step + i // batch_size`, so a run resumed at a step goes on with
     the samples that the uninterrupted run would have seen. Cases come in a new random order each
-    time all have been seen. Two patches of three are centred on a random foreground voxel, as far as
-    the case reaches; a case smaller than the patch lies anywhere in it. What is outside of the scan
-    is 0, its mean intensity, as in MONAI's sliding-window inference.
+    time all have been seen. Two patches of three are centred on a random foreground voxel, as far
+    as the case reaches; a case smaller than the patch lies anywhere in it. What is outside of the
+    scan is 0, its mean intensity, as in MONAI's sliding-window inference.
 
     With `augment`: rotation up to 15 degrees about each axis and scaling by 0.85 to 1.15 (half of
     the samples, in one resampling), mirroring along the entry's `flip_axes`, and intensity scale,

@@ -83,8 +83,8 @@ MNI152 = Dataset(
     classes=cohort.CLASSES,
     spacing=(cohort.RECIPE.spacing,) * 3,
     licence="ICBM-152 2009 template: free to use, copy, modify and distribute with its notice",
-    citation="Fonov et al., Unbiased nonlinear average age-appropriate brain templates from birth to"
-    " adulthood, NeuroImage 47, S102 (2009)",
+    citation="Fonov et al., Unbiased nonlinear average age-appropriate brain templates from birth"
+    " to adulthood, NeuroImage 47, S102 (2009)",
     source="the template and tissue maps in the nilearn package",
     how_to_get="nothing to do: it is built from nilearn's template on first use",
     flip_axes=(0,),  # the labels name no side, and a mirrored brain is a brain
@@ -103,8 +103,8 @@ HIPPOCAMPUS = Dataset(
     citation="Antonelli et al., The Medical Segmentation Decathlon, Nat. Commun. 13, 4128 (2022)",
     source="Medical Segmentation Decathlon, Task04 (Vanderbilt University Medical Center)",
     how_to_get="python -m srlib data get hippocampus",
-    # Left and right would allow mirroring, but all 260 crops show one handedness: none is more like
-    # the mirrored mean than like the mean. A mirrored case is never met. Front and back are classes.
+    # Anatomy would allow to mirror left and right, but all 260 crops are turned to one handedness
+    # (none is more like the mirrored mean than like the mean), so a mirrored one is never met.
     flip_axes=(),
     nsd_tolerance=1.0,
     virtual=False,
@@ -186,8 +186,8 @@ def split(name: str, fold: int = 0) -> Split:
 def download(name: str) -> Path:
     """Get a data set from its official source into the first data root; return its folder.
 
-    A command, never a side effect. MONAI knows the Decathlon's addresses and MD5 sums. The archive is
-    verified, refused as a whole if a member is a link or would land outside, unpacked beside its
+    A command, never a side effect. MONAI knows the Decathlon's addresses and MD5 sums. The archive
+    is verified, refused as a whole if a member is a link or would land outside, unpacked beside its
     place and renamed: what is in place is complete.
 
     Raises:
