@@ -1,0 +1,194 @@
+"""Figures are readable, the same twice, and carry what they were computed with."""
+
+import matplotlib as mpl
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+from matplotlib.text import Text
+from nbconvert import HTMLExporter
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
+
+from srlib import plots
+from srlib.scan import ORDERS, token_order
+
+SHAPE, CLASSES, SPACING = (8, 10, 6), ("grey matter", "white matter"), (1.0, 2.0, 3.0)
+VOLUME = np.random.default_rng(0).normal(size=SHAPE)
+LABELS = np.zeros(SHAPE, dtype=int)
+LABELS[2:5, 3:8, 1:4], LABELS[5:7, 3:8, 1:4] = 1, 2
+SHIFTED = np.roll(LABELS, 1, axis=1)
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path))
+    with mpl.rc_context():
+        yield plots.Record("smoke", "mni152", seed=7)
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    """What is displayed, as (bundle, metadata) pairs."""
+    shown = []
+    monkeypatch.setattr(
+        plots, "display", lambda bundle, raw, metadata=None: shown.append((bundle, metadata))
+    )
+    return shown
+
+
+def metrics_table():
+    random = np.random.default_rng(1)
+    rows = [
+        {
+            "case": f"case {case}",
+            "class": name,
+            "dice": random.uniform(),
+            "nsd": random.uniform(),
+            "hd95": 9 * random.uniform(),
+            "volume_ref_ml": 1 + random.uniform(),
+            "volume_pred_ml": 1 + random.uniform(),
+        }
+        for case in range(5)
+        for name in CLASSES
+    ]
+    return pd.DataFrame(rows)
+
+
+def draw_signals():
+    x = np.linspace(0, 1, 50)
+    panels = {"position (m)": {"exact": x, "Euler": x**2}, "force (N)": {"force": -x}}
+    return plots.signals(x, panels, "time (s)")
+
+
+def draw_heat_maps():
+    pictures = {f"slice {k}": np.arange(16).reshape(4, 4) + 16 * k for k in range(4)}
+    return plots.heat_maps({"forward": pictures, "reverse": pictures}, "step", "W", "H", True)
+
+
+def draw_bars():
+    table = pd.DataFrame({"ToM": [0.2, 0.3], "decoder": [1.0, 2.0]}, index=["stage 0", "stage 1"])
+    return plots.stacked_bars(table, "parameters (millions)")
+
+
+def draw_diagram():
+    boxes = {f"b{k}": (k, -k, f"box {k}", plots.BLUE) for k in range(4)}
+    return plots.diagram(boxes, [("b0", "b1", "first"), ("b1", "b3", "second")])
+
+
+def draw_paths():
+    return plots.scan_paths((4, 4, 4), {name: token_order(name, 64, 4) for name in ORDERS})
+
+
+def draw_planes():
+    items = [plots.Tile(plane, VOLUME, LABELS, plane) for plane in plots.PLANES]
+    return plots.tiles(items, CLASSES, SPACING, columns=3)
+
+
+def draw_gallery():
+    cases = dict.fromkeys(("best", "median", "worst"), (VOLUME, LABELS, SHIFTED))
+    return plots.gallery(cases, CLASSES, SPACING)
+
+
+FIGURES = {
+    "signals": draw_signals,
+    "heat_maps": draw_heat_maps,
+    "stacked_bars": draw_bars,
+    "diagram": draw_diagram,
+    "scan_paths": draw_paths,
+    "tiles": draw_planes,
+    "gallery": draw_gallery,
+    "metric_strips": lambda: plots.metric_strips(metrics_table()),
+    "volume_agreement": lambda: plots.volume_agreement(metrics_table()),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_each_figure_is_readable(name, record, displayed, monkeypatch):
+    problems, draw = [], Text.draw
+
+    def checked_draw(text, renderer):
+        draw(text, renderer)
+        if not text.get_text().strip() or not text.get_visible():
+            return
+        box, page = text.get_window_extent(renderer), text.figure.bbox.padded(1)
+        if not (page.contains(box.x0, box.y0) and page.contains(box.x1, box.y1)):
+            problems.append(f"{text.get_text()!r} leaves the figure")
+        if text.get_fontsize() < 8:
+            problems.append(f"{text.get_text()!r} is too small")
+
+    monkeypatch.setattr(Text, "draw", checked_draw)
+    record.show(FIGURES[name](), name, alt="what it shows")
+    assert not problems
+
+
+def test_show_writes_the_same_files_twice(record, displayed, tmp_path):
+    folder = tmp_path / "smoke" / "mni152" / "figures"
+    written = []
+    for _ in range(2):
+        record.show(draw_signals(), "curves", alt="two curves")
+        written.append([(folder / f"curves.{kind}").read_bytes() for kind in ("png", "svg")])
+    assert written[0] == written[1]
+    with Image.open(folder / "curves.png") as png:
+        assert png.info["Description"] == "two curves"
+        assert png.width == round(7.5 * 300)
+    assert sorted(file.name for file in folder.iterdir()) == ["curves.png", "curves.svg"]
+
+
+def test_show_refuses_a_figure_without_alt_text(record, displayed, tmp_path):
+    with pytest.raises(ValueError, match="'curves' needs alt text"):
+        record.show(draw_signals(), "curves", alt=" ")
+    assert not list(tmp_path.rglob("*.png"))
+    assert not displayed
+
+
+def test_stamp_says_what_it_was_computed_with(record):
+    smoke = record.stamp()
+    assert "smoke profile: a test, not a result" in smoke
+    assert "mni152 (virtual cohort)" in smoke
+    assert "seed 7" in smoke
+    assert "virtual" not in plots.Record("default", "hippocampus").stamp()
+    assert "random weights" in plots.Record("default", "mni152", inputs="random weights").stamp()
+
+
+def test_table_is_stamped_and_read_back(record, displayed, tmp_path):
+    table = metrics_table()
+    record.table(table, "metrics", digits=1)
+    file = tmp_path / "smoke" / "mni152" / "tables" / "metrics.csv"
+    assert file.read_text().splitlines()[0] == f"# {record.stamp()}"
+    pd.testing.assert_frame_equal(pd.read_csv(file, comment="#"), table, rtol=1e-5)
+    (bundle, _), *rest = displayed
+    assert not rest
+    assert "<td>case 4</td>" in bundle["text/html"]
+    assert f"{table['hd95'][0]:.1f}" in bundle["text/plain"]
+
+
+def test_alt_text_reaches_the_page(record, displayed):
+    record.show(draw_bars(), "bars", alt='bars of "ToM" < decoder')
+    bundle, metadata = displayed[0]
+    output = new_output("display_data", data=bundle, metadata=metadata)
+    notebook = new_notebook(cells=[new_code_cell("draw()", outputs=[output])])
+    nbformat.validate(notebook)
+    page, _ = HTMLExporter().from_notebook_node(plots.with_alt_text(notebook))
+    (picture,) = BeautifulSoup(page, "html.parser").select("main img")
+    assert picture["alt"] == 'bars of "ToM" < decoder'
+
+
+def test_fullest_finds_the_slices_with_most_foreground():
+    labels = np.zeros((5, 6, 7))
+    labels[4, 1:3, 2] = 1
+    labels[3, 2, 2] = 2
+    assert plots.fullest(labels) == (4, 2, 2)
+    assert plots.fullest(np.zeros((5, 6, 7))) == (2, 3, 3)
+
+
+def test_outline_encloses_a_structure_at_the_border_in_mm():
+    labels = np.zeros(SHAPE, dtype=int)
+    labels[:2, :3, 2] = 1
+    figure = plots.tiles([plots.Tile("corner", VOLUME, labels)], CLASSES, SPACING, columns=1)
+    (outline,) = [path for path in figure.axes[0].collections[0].get_paths() if len(path.vertices)]
+    assert np.allclose(outline.vertices[0], outline.vertices[-1])
+    low, high = outline.vertices.min(axis=0), outline.vertices.max(axis=0)
+    assert np.allclose(low, 0, atol=1e-9)
+    assert np.allclose(high, [2 * SPACING[0], 3 * SPACING[1]])
