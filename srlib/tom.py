@@ -1,0 +1,154 @@
+"""Tri-oriented Mamba (ToM): three selective scans over the tokens of a 3D feature map.
+
+The layer is the one of SegMamba (Xing et al., MICCAI 2024), which SegResMamba adopts (Das et al., MIDL 2025,
+section 2): the feature map is flattened to a sequence, scanned in three orders, and the results are summed,
+
+    ToM(z) = Mamba(z_f) + Mamba(z_r) + Mamba(z_s).
+
+| paper | shape | here |
+|---|---|---|
+| tokens z | (B, L, C), L = D*H*W in row-major order | `tokens` |
+| inner width E | expand * C | `d_inner` |
+| state size N | 16 | `d_state` |
+| width of the causal convolution | 4 | `d_conv` |
+| rank of the step size | ceil(C / 16) | `dt_rank` |
+| number of slices S | the depth of the feature map | `nslices` |
+| z_f, z_r, z_s | the tokens in three orders | `"forward"`, `"reverse"`, `"inter_slice"` |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srlib.scan import ORDERS, selective_scan, token_order
+
+# Suffix of each order's own parameters in the published layout.
+SUFFIXES = {"forward": "", "reverse": "_b", "inter_slice": "_s"}
+
+
+class TriOrientedMamba(nn.Module):
+    """Three Mamba mixers with shared input and output projections, in the published parameter layout.
+
+    Each order has its own causal convolution, `x_proj`, `dt_proj`, `A_log` and `D`; the names end in `_b` for
+    the reverse and `_s` for the inter-slice order. There is no LayerNorm and no residual in it.
+
+    Args:
+        d_model: channels C of the tokens.
+        d_state: state size N of each channel.
+        d_conv: width of the causal depthwise convolution.
+        expand: inner width as a multiple of `d_model`.
+        nslices: fixes the number of slices; `None` takes the depth of each feature map.
+        scan_orders: which orders run, a non-empty subset of forward, reverse and inter_slice.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        nslices: int | None = None,
+        scan_orders: Sequence[str] = ORDERS,
+    ) -> None:
+        super().__init__()
+        unknown = [order for order in scan_orders if order not in ORDERS]
+        if unknown or not scan_orders or len(set(scan_orders)) != len(scan_orders):
+            raise ValueError(
+                f"scan_orders must be a non-empty subset of {ORDERS}, got {tuple(scan_orders)}"
+            )
+        self.scan_orders = tuple(scan_orders)
+        self.nslices = nslices
+        self.d_state = d_state
+        self.d_inner = expand * d_model
+        self.dt_rank = math.ceil(d_model / 16)
+
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        for order in self.scan_orders:
+            self._add_direction(SUFFIXES[order], d_conv)
+
+    def _add_direction(self, suffix: str, d_conv: int) -> None:
+        """One order's parameters, initialised as in Mamba (Gu and Dao 2023, section 3.6)."""
+        width, states = self.d_inner, self.d_state
+        conv1d = nn.Conv1d(width, width, d_conv, groups=width, padding=d_conv - 1)
+        x_proj = nn.Linear(width, self.dt_rank + 2 * states, bias=False)
+        dt_proj = nn.Linear(self.dt_rank, width)
+        nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        with torch.no_grad():  # softplus(bias) is log-uniform in [1e-3, 1e-1]
+            step = torch.exp(torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1)))
+            dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
+        decay = torch.arange(1, states + 1, dtype=torch.float32).repeat(width, 1)
+        self.add_module(f"conv1d{suffix}", conv1d)
+        self.add_module(f"x_proj{suffix}", x_proj)
+        self.add_module(f"dt_proj{suffix}", dt_proj)
+        self.register_parameter(f"A{suffix}_log", nn.Parameter(torch.log(decay)))  # A = -exp(A_log)
+        self.register_parameter(f"D{suffix}", nn.Parameter(torch.ones(width)))
+
+    def forward(self, tokens: Tensor, depth: int) -> Tensor:
+        """Mix tokens (B, L, C) of a feature map with `depth` slices; returns (B, L, C)."""
+        nslices = self.nslices or depth
+        x, z = self.in_proj(tokens).chunk(2, dim=-1)  # 2 x (B, L, E)
+        y = torch.stack([self._scan(x, order, nslices) for order in self.scan_orders]).sum(0)
+        # The gate acts token by token, so the three orders share it: it is applied once, to their sum.
+        return self.out_proj(y * F.silu(z))
+
+    def _scan(self, x: Tensor, order: str, nslices: int) -> Tensor:
+        """One Mamba mixer without gate over x (B, L, E) visited in `order`; returns (B, L, E), row-major."""
+        suffix = SUFFIXES[order]
+        conv1d = cast(nn.Conv1d, self.get_submodule(f"conv1d{suffix}"))
+        x_proj = self.get_submodule(f"x_proj{suffix}")
+        dt_proj = cast(nn.Linear, self.get_submodule(f"dt_proj{suffix}"))
+        visit = token_order(order, x.shape[1], nslices).to(x.device)
+        sequence = x[:, visit].transpose(1, 2)  # (B, E, L) in visiting order
+        u = F.silu(
+            conv1d(sequence)[..., : sequence.shape[-1]]
+        )  # causal: the padded tail is cut off
+        dt, B, C = x_proj(u.transpose(1, 2)).split(
+            [self.dt_rank, self.d_state, self.d_state], dim=-1
+        )
+        delta = (
+            dt @ dt_proj.weight.to(dt.dtype).t()
+        )  # its bias goes into the scan, before the softplus
+        A = -torch.exp(self.get_parameter(f"A{suffix}_log"))
+        y = selective_scan(
+            u,
+            delta.transpose(1, 2),
+            A,
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            self.get_parameter(f"D{suffix}"),
+            delta_bias=dt_proj.bias,
+        )
+        back = torch.empty_like(visit).scatter_(0, visit, torch.arange(len(visit), device=x.device))
+        return y.transpose(1, 2)[:, back]
+
+
+class ToMLayer(nn.Module):
+    """LayerNorm on tokens, then `TriOrientedMamba`, from feature map to feature map.
+
+    The paper's equation and figure 1 show no residual around the layer; SegMamba's layer adds its input.
+
+    Args:
+        channels: channels of the feature map.
+        residual: add the input to the output, as SegMamba does.
+        **mamba: passed on to `TriOrientedMamba`.
+    """
+
+    def __init__(self, channels: int, residual: bool = False, **mamba: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.mamba = TriOrientedMamba(channels, **mamba)
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (B, C, D, H, W) -> (B, C, D, H, W)."""
+        tokens = x.flatten(2).transpose(1, 2)  # (B, C, D, H, W) -> (B, L, C)
+        mixed = self.mamba(self.norm(tokens), depth=x.shape[2])
+        out = mixed.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, L, C) -> (B, C, D, H, W)
+        return x + out if self.residual else out

@@ -1,0 +1,180 @@
+"""SegResMamba: the authors' network to rounding, the paper's counts, every size, every variant."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from srlib.model import FEATURES, SegResMamba, load_released_state_dict
+
+ORACLE = Path(__file__).parent / "oracles" / "released_segresmamba_f8.npz"
+TINY = FEATURES["tiny"]
+
+
+def filled(k: int, name: str, shape: list[int]) -> torch.Tensor:
+    """The oracle's fill rule for the k-th parameter."""
+    wave = torch.sin(0.7 * torch.arange(np.prod(shape), dtype=torch.float64) + 1.3 * k)
+    if len(shape) > 1:
+        return (wave / np.sqrt(np.prod(shape[1:]))).view(shape)
+    return 0.1 * wave + name.endswith("weight")
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    with np.load(ORACLE) as arrays:
+        keys, live = json.loads(str(arrays["keys"])), json.loads(str(arrays["live"]))
+        state = {name: filled(k, name, shape) for k, (name, shape) in enumerate(keys)}
+        return {**arrays, "state": state, "live": live}
+
+
+def test_released_variant_equals_the_authors_network(oracle):
+    model = SegResMamba(1, 3, TINY, variant="released").double()
+    left_out = load_released_state_dict(model, oracle["state"])
+    assert set(left_out) == set(oracle["state"]) - set(oracle["live"])
+
+    n = torch.arange(64 * 32 * 48, dtype=torch.float64).view(1, 1, 64, 32, 48)
+    y = model(torch.sin(0.11 * n) + 0.5 * torch.cos(0.0137 * n)).detach()
+    scale = np.abs(oracle["y"]).max()
+    assert np.abs(y[:, :, ::4, ::4, ::4].numpy() - oracle["y"]).max() / scale < 1e-9
+    np.testing.assert_allclose(y.mean(dim=(0, 2, 3, 4)), oracle["y_mean"], rtol=1e-9)
+    np.testing.assert_allclose(y.std(dim=(0, 2, 3, 4)), oracle["y_std"], rtol=1e-9)
+
+
+def test_released_weights_are_refused_where_they_do_not_fit(oracle):
+    state = oracle["state"]
+    with pytest.raises(ValueError, match="variant='released'"):
+        load_released_state_dict(SegResMamba(1, 3, TINY, tom="none"), state)
+    with pytest.raises(ValueError, match=r"vit.downsample_layers.0.0.weight: shape"):
+        load_released_state_dict(SegResMamba(2, 3, TINY, variant="released"), state)
+    incomplete = {name: value for name, value in state.items() if name != "out.bias"}
+    with pytest.raises(ValueError, match=r"lacks 1 names.*'out.bias'"):
+        load_released_state_dict(SegResMamba(1, 3, TINY, variant="released"), incomplete)
+
+
+def test_dataparallel_prefix_is_taken_off(oracle):
+    model = SegResMamba(1, 3, TINY, variant="released").double()
+    load_released_state_dict(model, {f"module.{k}": v for k, v in oracle["state"].items()})
+    torch.testing.assert_close(model.head.bias.data, oracle["state"]["out.bias"])
+
+
+@pytest.mark.parametrize(
+    ("variant", "in_channels", "out_channels", "expected"),
+    [("paper", 1, 14, 68_259_950), ("released", 4, 3, 70_471_587)],
+)
+def test_parameter_counts(variant, in_channels, out_channels, expected):
+    """The released count is what the authors' code gives a gradient (shared facts of the paper)."""
+    with torch.device("meta"):
+        model = SegResMamba(in_channels, out_channels, variant=variant)
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
+VARIANTS = [
+    {},
+    {"tom": "inner"},
+    {"tom": "outer"},
+    {"tom": "none"},
+    {"tom": "conv"},
+    {"tom_residual": True},
+    {"scan_orders": ("forward",)},
+    {"scan_orders": ("reverse", "inter_slice")},
+    {"nslices": 4},
+    {"variant": "released"},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_every_parameter_of_every_variant_is_used(options):
+    torch.manual_seed(0)
+    model = SegResMamba(1, 2, TINY, **options)
+    model(torch.randn(1, 1, 33, 9, 8)).square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_variants_count_their_tom_layers():
+    def layers(**options):
+        names = dict(SegResMamba(1, 2, TINY, **options).named_modules())
+        return sum(name.endswith(".mamba") for name in names)
+
+    assert [layers(tom=tom) for tom in ("both", "inner", "outer", "none", "conv")] == [
+        8,
+        4,
+        4,
+        0,
+        0,
+    ]
+    assert layers(variant="released") == 0
+
+
+@pytest.mark.parametrize(
+    "size", [(33, 1, 1), (33, 17, 21), (35, 50, 36), (47, 47, 47), (64, 32, 48)]
+)
+def test_output_has_the_input_size(size):
+    model = SegResMamba(1, 3, TINY).eval()
+    with torch.no_grad():
+        y = model(torch.randn(1, 1, *size))
+    assert y.shape == (1, 3, *size)
+    assert torch.isfinite(y).all()
+
+
+def test_every_input_voxel_of_an_odd_size_reaches_the_output():
+    torch.manual_seed(0)
+    model = SegResMamba(1, 2, TINY, tom="none").double()
+    x = torch.randn(1, 1, 35, 33, 37, dtype=torch.float64, requires_grad=True)
+    model(x).square().mean().backward()
+    assert (x.grad != 0).all()
+
+
+def test_encode_then_decode_is_forward():
+    model = SegResMamba(2, 3, TINY).eval()
+    x = torch.randn(1, 2, 40, 36, 33)
+    with torch.no_grad():
+        skips = model.encode(x)
+        assert [tuple(s.shape[1:]) for s in skips] == [
+            (8, 20, 18, 17),
+            (16, 10, 9, 9),
+            (32, 5, 5, 5),
+            (64, 3, 3, 3),
+        ]
+        torch.testing.assert_close(model.decode(skips, x.shape[2:]), model(x))
+
+
+def test_bad_inputs_are_named():
+    model = SegResMamba(2, 3, TINY)
+    with pytest.raises(ValueError, match="at least one axis must have 33 voxels"):
+        model(torch.zeros(1, 2, 32, 32, 32))
+    with pytest.raises(ValueError, match=r"in_channels = 2, got rank 5 with shape \(1, 1, 40"):
+        model(torch.zeros(1, 1, 40, 40, 40))
+    with pytest.raises(ValueError, match="in_channels = 2, got rank 4"):
+        model(torch.zeros(2, 40, 40, 40))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "other"}, "variant must be one of"),
+        ({"tom": "all"}, "tom must be one of"),
+        ({"variant": "released", "tom": "both"}, "released variant runs no ToM"),
+        ({"features": (8, 16, 32)}, "features must be four numbers"),
+        ({"features": (12, 24, 48, 96)}, "features must be four numbers"),
+        ({"features": (8, 16, 32, 48)}, "features must be four numbers"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        SegResMamba(1, 2, **{"features": TINY, **options})
+
+
+@pytest.mark.parametrize("size", [(40, 33, 34), (48, 64, 48), (40, 6, 5)])
+def test_bf16_autocast_trains_without_nan(size):
+    torch.manual_seed(0)
+    model = SegResMamba(1, 2, TINY)
+    for _ in range(
+        3
+    ):  # the memory that a faulty convolution leaves unset differs from call to call
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(torch.randn(1, 1, *size))
+        y.float().square().mean().backward()
+        assert torch.isfinite(y).all()
+        assert [n for n, p in model.named_parameters() if not torch.isfinite(p.grad).all()] == []
