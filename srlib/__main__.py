@@ -43,14 +43,14 @@ def collection(
     list_: Annotated[bool, typer.Option("--list", help="List the notebooks and stop.")] = False,
 ) -> None:
     """Execute the notebooks in order; write figures, tables, pages and a manifest."""
-    from srlib.collection import NotebookError, is_current, plan, run, title
+    from srlib.collection import NotebookError, is_current, plan, run
     from srlib.data import DataError
 
     chosen = _checked(lambda: plan(profile, dataset, only or ()))
     if list_:
         for notebook in chosen.notebooks:
             state = "done" if is_current(chosen, notebook) else "to do"
-            typer.echo(f"{notebook.stem[:2]}  {state:<5}  {title(notebook)}")
+            typer.echo(f"{state:<5}  {notebook.stem}")
         return
     try:
         run(chosen, force)
@@ -101,18 +101,17 @@ def info() -> None:
     from srlib.scan import backends
 
     facts = provenance.describe()
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    typer.echo(f"versions   {versions}")
-    typer.echo(f"commit     {facts['commit']}{' with changes' if facts['dirty'] else ''}")
-    typer.echo(f"device     {facts['device']}")
-    typer.echo(f"processor  {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads")
-    typer.echo(f"results    {paths.results_root()}")
+    for name, number in facts.pop("versions").items():
+        typer.echo(f"{name:<14}{number}")
+    for name, fact in facts.items():
+        typer.echo(f"{name:<14}{fact}")
+    typer.echo(f"{'results':<14}{paths.results_root()}")
     for name, state in backends().items():
-        typer.echo(f"scan       {name}: {'can run' if state.available else state.reason}")
+        typer.echo(f"{'scan':<14}{name}: {'can run' if state.available else state.reason}")
     for root in paths.data_roots():
-        typer.echo(f"data root  {root}{'' if root.is_dir() else ' (not there)'}")
+        typer.echo(f"{'data root':<14}{root}{'' if root.is_dir() else ' (not there)'}")
     for name in data.REGISTRY:
-        typer.echo(f"data set   {name}: {_place(name)}")
+        typer.echo(f"{'data set':<14}{name}: {_place(name)}")
 
 
 @data_app.command("list")

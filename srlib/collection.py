@@ -137,13 +137,6 @@ def parameters_for(notebook: Path, profile: str, dataset: str) -> dict[str, Any]
     return {name: values[name] for name in declared}
 
 
-def title(notebook: Path) -> str:
-    """The notebook's first heading."""
-    text = "\n".join(cell.source for cell in _read(notebook).cells if cell.cell_type == "markdown")
-    heading = re.search(r"^# (.+)$", text, re.MULTILINE)
-    return heading[1].strip() if heading else notebook.stem
-
-
 def stamp(notebook: Path, profile: str, dataset: str) -> str:
     """A hash of everything that the notebook's results depend on, see the text above."""
     made_with = provenance.describe()
@@ -289,9 +282,8 @@ def store_outputs(plan: Plan) -> None:
         for number, (cell, done) in enumerate(
             zip(source.cells, _own_cells(executed), strict=True), 1
         ):
-            cell.metadata = NotebookNode(
-                {key: cell.metadata[key] for key in cell.metadata if key == "tags"}
-            )
+            for noise in ("execution", "papermill"):
+                cell.metadata.pop(noise, None)
             if cell.cell_type != "code":
                 continue
             if ABSOLUTE_PATH.search(json.dumps(done.outputs)):
@@ -329,11 +321,9 @@ def _own_cells(executed: NotebookNode) -> list[NotebookNode]:
 
 
 def _failing_cell(failed: Path) -> int:
-    """The number, from 1, of the source's cell that a failed notebook stopped at."""
-    states = [
-        cell.metadata.get("papermill", {}).get("status") for cell in _own_cells(_read(failed))
-    ]
-    return next((n for n, state in enumerate(states, 1) if state in ("failed", "running")), 1)
+    """The number, from 1, of the source's cell that a failed notebook stopped at: the last one begun."""
+    states = [cell.metadata.papermill.status for cell in _own_cells(_read(failed))]
+    return max((n for n, state in enumerate(states, 1) if state != "pending"), default=1)
 
 
 def _record(plan: Plan, notebook: Path, entry: dict[str, Any]) -> None:

@@ -1,0 +1,153 @@
+"""The command line and run_all.sh."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from srlib import __main__, data, paths
+
+RUN_ALL = paths.ROOT / "run_all.sh"
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(__main__.app, list(arguments))
+
+
+def run_all(*arguments: str, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    options = {"env": environment, "capture_output": True, "text": True, **options}
+    return subprocess.run([str(RUN_ALL), *arguments], **options, check=False)
+
+
+def test_info_tells_versions_device_scan_back_ends_and_data(monkeypatch, tmp_path):
+    monkeypatch.setenv("SRLIB_DATA", str(tmp_path))
+    result = invoke("info")
+    assert result.exit_code == 0
+    lines = [line.split(maxsplit=1) for line in result.output.splitlines()]
+    assert {"python", "torch", "monai", "commit", "device", "threads", "scan"} <= {
+        k for k, _ in lines
+    }
+    assert ["results", str(paths.results_root())] in lines
+    assert any(line[1].startswith("reference: can run") for line in lines)
+    assert f"data root     {tmp_path}\n" in result.output
+    for name in data.REGISTRY:
+        assert f"data set      {name}: " in result.output
+
+
+def test_data_list_names_every_data_set_and_its_licence():
+    output = invoke("data", "list").output
+    for name, entry in data.REGISTRY.items():
+        assert f"{name}: {entry.title}" in output
+        assert entry.licence in output
+
+
+def test_data_check_passes_the_embedded_cohort():
+    result = invoke("data", "check", "mni152")
+    assert result.exit_code == 0
+    assert result.output == "mni152: 32 cases, all in order\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("data", "check", "brats"), "unknown data set 'brats'"),
+        (("data", "get", "brats"), "unknown data set 'brats'"),
+        (("collection", "--profile", "fast"), "'fast' is not one of smoke, default, full"),
+        (("collection", "--only", "77"), "'77' is not one of "),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_status_2(arguments, message):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_run_all_help_names_every_option_and_command_without_an_environment(tmp_path):
+    (tmp_path / "python3").symlink_to("/bin/false")
+    (tmp_path / "python").symlink_to("/bin/false")
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    result = run_all("-h", cwd=tmp_path, env=environment)
+    assert result.returncode == 0
+    commands = typer.main.get_command(__main__.app).commands
+    options = {option for p in commands["collection"].params for option in p.opts}
+    for name in (*options, "test", "lab", "info", "data", "bench"):
+        assert name in result.stdout
+    assert not (paths.ROOT / ".venv" / "none").exists()
+
+
+def test_run_all_refuses_a_wrong_name_from_any_directory(tmp_path):
+    result = run_all("--profile", "fast", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.strip() == "profile 'fast' is not one of smoke, default, full"
+
+
+@pytest.fixture
+def bare_machine(tmp_path):
+    """A checkout, and a Python that lacks everything: it notes what it is asked to do in `calls`."""
+    root = tmp_path / "a checkout"
+    root.mkdir()
+    for name in ("run_all.sh", "requirements.lock", "pyproject.toml"):
+        shutil.copy(paths.ROOT / name, root)
+    calls = tmp_path / "calls"
+    calls.touch()
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python3"
+    python.write_text(
+        "#!/bin/sh\n"
+        'case "$1 $2" in\n'
+        '"- "*) exit 1 ;;\n'  # is everything installed? no
+        '"-c "*) exit 0 ;;\n'  # is the version right? yes
+        '"-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;\n'
+        f"*) echo \"$@\" >>'{calls}' ;;\n"
+        "esac\n"
+    )
+    python.chmod(0o755)
+    shutil.copy(python, python.with_name("python"))
+
+    def run(*arguments):
+        calls.write_text("")
+        result = subprocess.run(
+            [str(root / "run_all.sh"), *arguments],
+            env={"PATH": f"{python.parent}:/usr/bin:/bin"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return calls.read_text().splitlines(), result.stdout
+
+    return root, run
+
+
+def test_run_all_makes_the_environment_from_the_lock_once(bare_machine):
+    root, run = bare_machine
+    calls, output = run("--profile", "smoke")
+    install = "-m pip install --quiet --disable-pip-version-check"
+    assert calls == [
+        f"{install} -r {root}/requirements.lock",
+        f"{install} --no-deps -e {root}",
+        "-m srlib collection --profile smoke",
+    ]
+    assert "making .venv" in output
+    assert ".venv is ready after" in output
+
+    assert run("test") == (["-m srlib test"], "")
+
+    with (root / "requirements.lock").open("a") as lock:
+        lock.write("# changed\n")
+    calls, output = run()
+    assert calls[0].startswith(install)
+    assert calls[-1] == "-m srlib collection"
+
+
+def test_run_all_makes_an_environment_again_that_was_not_finished(bare_machine):
+    root, run = bare_machine
+    (root / ".venv" / "bin").mkdir(parents=True)
+    assert len(run()[0]) == 3

@@ -1,0 +1,262 @@
+"""The runner, on small notebooks that the tests write."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from srlib import collection, paths
+
+PARAMETERS = 'PROFILE = "default"\nDATASET = "mni152"\nINTERACTIVE = True'
+WRITE_TABLE = """
+import os
+from pathlib import Path
+folder = Path(os.environ["SRLIB_RESULTS"]) / PROFILE / DATASET / "tables"
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "{name}.csv").write_text("a,b\\n1,2\\n")
+"""
+
+
+def write_notebook(folder: Path, name: str, *cells: str, parameters: str = PARAMETERS) -> Path:
+    """A notebook with a heading, a parameters cell and code cells."""
+    tagged = new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    notebook = new_notebook(cells=[new_markdown_cell(f"# About {name}"), tagged])
+    notebook.cells += [new_code_cell(cell) for cell in cells]
+    notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "any"}
+    path = folder / f"{name}.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """An empty folder for notebooks; results go beside it."""
+    monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path / "results"))
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    return folder
+
+
+def plan(notebooks: Path, *only: str) -> collection.Plan:
+    return collection.plan("smoke", "mni152", only, notebooks)
+
+
+def states(output: str) -> dict[str, str]:
+    """Notebook -> what its line in the run's output says."""
+    return {line.split()[0]: line.split()[-1] for line in output.splitlines() if line[:2] == "  "}
+
+
+def test_run_executes_from_the_source_and_writes_everything_down(
+    notebooks, tmp_path, monkeypatch, capsys
+):
+    # A kernel of the same name that belongs to another environment must not be taken.
+    spec = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    show = "import os, sys\nprint(PROFILE, DATASET, INTERACTIVE, os.environ['SRLIB_PROFILE'])\n"
+    source = write_notebook(
+        notebooks, "00_first", show + "print(sys.executable)", WRITE_TABLE.format(name="one")
+    )
+    before = source.read_bytes()
+
+    collection.run(plan(notebooks))
+
+    output = capsys.readouterr().out
+    assert states(output) == {"00_first": "s"}
+    assert "1 computed, 0 unchanged" in output
+    assert "0 figures and 1 tables" in output
+    results = tmp_path / "results" / "smoke" / "mni152"
+    folder = results / "notebooks"
+    assert {file.name for file in folder.iterdir()} == {
+        f"00_first{suffix}" for suffix in (".ipynb", ".html", ".log")
+    }
+    log = (folder / "00_first.log").read_text()
+    assert log == f"smoke mni152 False smoke\n{sys.executable}\n"
+    assert "About 00_first" in (folder / "00_first.html").read_text()
+    assert source.read_bytes() == before
+    manifest = json.loads((results / "manifest.json").read_text())
+    entry = manifest["notebooks"]["00_first"]
+    assert entry["outputs"] == ["tables/one.csv"]
+    assert {"commit", "dirty", "device", "threads", "versions", "seconds"} <= set(entry)
+    assert manifest["data"]
+    assert manifest["training"]["seed"] == 0
+    assert "JUPYTER_PATH" not in os.environ
+
+
+def test_only_what_changed_is_computed_again(notebooks, tmp_path, capsys):
+    write_notebook(notebooks, "00_first", WRITE_TABLE.format(name="one"))
+    write_notebook(notebooks, "01_second", "1 + 1")
+
+    def run(**options):
+        collection.run(plan(notebooks), **options)
+        found = states(capsys.readouterr().out)
+        return {name for name, state in found.items() if state != "unchanged"}
+
+    assert run() == {"00_first", "01_second"}
+    assert run() == set()
+    (tmp_path / "results/smoke/mni152/tables/one.csv").unlink()
+    assert run() == {"00_first"}
+    write_notebook(notebooks, "01_second", "1 + 2")
+    assert run() == {"01_second"}
+    assert run(force=True) == {"00_first", "01_second"}
+
+
+def test_a_failing_notebook_stops_the_run_and_is_named(notebooks, tmp_path, capsys):
+    write_notebook(notebooks, "00_first", "1 + 1")
+    write_notebook(notebooks, "01_second", "print('so far')", "1 / 0", "print('never')")
+    write_notebook(notebooks, "02_third", "1 + 1")
+
+    with pytest.raises(collection.NotebookError) as caught:
+        collection.run(plan(notebooks))
+
+    assert "01_second.ipynb: cell 4 failed: ZeroDivisionError" in str(caught.value)
+    assert states(capsys.readouterr().out) == {"00_first": "s", "01_second": "stopped"}
+    folder = tmp_path / "results/smoke/mni152/notebooks"
+    log = (folder / "01_second.log").read_text()
+    assert log.startswith("so far\n")
+    assert "1 / 0" in log
+    failed = nbformat.read(folder / "01_second.failed.ipynb", as_version=4)
+    assert any(cell.get("outputs") for cell in failed.cells)
+    chosen = plan(notebooks)
+    assert [collection.is_current(chosen, path) for path in chosen.notebooks] == [
+        True,
+        False,
+        False,
+    ]
+
+    write_notebook(notebooks, "01_second", "1 + 1")
+    collection.run(chosen)
+    assert states(capsys.readouterr().out)["00_first"] == "unchanged"
+    assert not (folder / "01_second.failed.ipynb").exists()
+
+
+def test_a_dying_kernel_and_a_hanging_cell_are_failures(notebooks, monkeypatch):
+    monkeypatch.setitem(collection.CELL_TIMEOUT, "smoke", 3)
+    write_notebook(notebooks, "00_dies", "import os\nos._exit(1)")
+    write_notebook(notebooks, "01_hangs", "import time\ntime.sleep(60)")
+    for number, name in (("0", "00_dies"), ("1", "01_hangs")):
+        with pytest.raises(collection.NotebookError, match=f"{name}.ipynb: cell 3 failed: "):
+            collection.run(plan(notebooks, number))
+
+
+def test_interrupt_stops_within_seconds_and_keeps_what_is_finished(notebooks, tmp_path):
+    write_notebook(notebooks, "00_first", "1 + 1")
+    marker = tmp_path / "started"
+    write_notebook(
+        notebooks, "01_long", f"open({str(marker)!r}, 'w'); import time; time.sleep(300)"
+    )
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom srlib import collection\n"
+        "collection.run(collection.plan('smoke', 'mni152', (), Path(sys.argv[1])))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(notebooks)], cwd=paths.ROOT)
+    try:
+        deadline = time.monotonic() + 120
+        while not marker.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) != 0
+    finally:
+        process.kill()
+    chosen = plan(notebooks)
+    assert [collection.is_current(chosen, path) for path in chosen.notebooks] == [True, False]
+
+
+def test_names_are_checked_before_anything_runs(notebooks, tmp_path):
+    write_notebook(notebooks, "00_first", "1 + 1")
+    with pytest.raises(ValueError, match="smoke, default, full"):
+        collection.plan("fast", "mni152", (), notebooks)
+    with pytest.raises(ValueError, match="hippocampus"):
+        collection.plan("smoke", "hippo", (), notebooks)
+    with pytest.raises(ValueError, match="'07' is not one of 00_first"):
+        plan(notebooks, "07")
+    with pytest.raises(ValueError, match="no notebooks"):
+        collection.plan("smoke", "mni152", (), tmp_path)
+    assert not (tmp_path / "results").exists()
+
+
+def test_missing_data_is_an_error_that_says_how_to_get_it(notebooks, tmp_path, monkeypatch):
+    write_notebook(notebooks, "00_first", "1 + 1")
+    monkeypatch.setenv("SRLIB_DATA", str(tmp_path))
+    monkeypatch.setattr("srlib.paths.ROOT", tmp_path)
+    with pytest.raises(FileNotFoundError, match="data get hippocampus"):
+        collection.plan("smoke", "hippocampus", (), notebooks)
+
+
+@pytest.mark.parametrize(
+    ("cell", "named"), [('PROFILE = "default"\nDATA_SET = "mni152"', "DATA_SET"), ("", "nothing")]
+)
+def test_parameters_that_cannot_be_filled_are_refused(notebooks, cell, named):
+    write_notebook(notebooks, "00_first", parameters=cell)
+    with pytest.raises(ValueError, match=f"00_first.ipynb.*declares {named}"):
+        plan(notebooks)
+
+
+def test_only_declared_parameters_are_passed(notebooks):
+    notebook = write_notebook(notebooks, "00_first", parameters="INTERACTIVE = True")
+    assert collection.parameters_for(notebook, "smoke", "mni152") == {"INTERACTIVE": False}
+
+
+def test_select_takes_numbers_and_names_in_the_collection_s_order():
+    found = [Path("00_first.ipynb"), Path("01_second.ipynb"), Path("02_third.ipynb")]
+    assert collection.select(found, []) == found
+    assert collection.select(found, ["2", "00"]) == [found[0], found[2]]
+    assert collection.select(found, ["01_second", "01_second.ipynb"]) == [found[1]]
+
+
+def test_store_outputs_copies_outputs_and_nothing_else(notebooks):
+    shown = "from IPython.display import HTML\nprint('text')\nHTML('<b>bold</b>')"
+    source = write_notebook(notebooks, "00_first", shown, "6 * 7")
+    with pytest.raises(ValueError, match="run it first"):
+        collection.store_outputs(plan(notebooks))
+    collection.run(plan(notebooks))
+
+    collection.store_outputs(plan(notebooks))
+
+    stored = nbformat.read(source, as_version=4)
+    nbformat.validate(stored)
+    assert [cell.get("execution_count") for cell in stored.cells] == [None, 1, 2, 3]
+    assert [output.output_type for output in stored.cells[2].outputs] == [
+        "stream",
+        "execute_result",
+    ]
+    assert stored.cells[3].outputs[0].data["text/plain"] == "42"
+    assert stored.cells[3].outputs[0].execution_count == 3
+    assert [dict(cell.metadata) for cell in stored.cells] == [{}, {"tags": ["parameters"]}, {}, {}]
+    assert set(stored.metadata) == {"kernelspec", "language_info"}
+    # Storing outputs does not make the notebook look changed.
+    assert collection.is_current(plan(notebooks), source)
+
+
+def test_store_outputs_refuses_paths_of_this_machine(notebooks):
+    source = write_notebook(notebooks, "00_first", "print('/home/somebody/file')")
+    before = source.read_bytes()
+    collection.run(plan(notebooks))
+    with pytest.raises(ValueError, match="the output of cell 3"):
+        collection.store_outputs(plan(notebooks))
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.6, "1 min 00 s"),
+        (65, "1 min 05 s"),
+        (3599.7, "1 h 00 min"),
+        (12000, "3 h 20 min"),
+    ],
+)
+def test_duration(seconds, text):
+    assert collection.duration(seconds) == text
