@@ -171,7 +171,7 @@ def summary(name: str) -> pd.DataFrame:
         with atomic_path(memory) as temporary:
             rows = [_row(case, get(name)) for case in cases(name)]
             pd.DataFrame(rows).to_csv(temporary, index=False)
-    return pd.read_csv(memory, float_precision="round_trip")
+    return pd.read_csv(memory)
 
 
 def _row(case: Case, entry: Dataset) -> dict[str, object]:
@@ -215,13 +215,14 @@ def _preprocessed(name: str, case: Case) -> Path:
         ]
     )
     loaded = load({"image": case.image, "label": case.label})
+    image = np.stack([normalise(channel) for channel in loaded["image"].numpy()])
     tensors = {
-        "image": torch.from_numpy(np.stack([normalise(c) for c in loaded["image"].numpy()])),
-        "label": loaded["label"].as_tensor().to(torch.uint8).contiguous(),  # (1, X, Y, Z)
-        "affine": loaded["image"].affine.to(torch.float64).contiguous(),
+        "image": torch.from_numpy(image),  # (C, X, Y, Z)
+        "label": loaded["label"].as_tensor().to(torch.uint8),  # (1, X, Y, Z)
+        "affine": loaded["image"].affine.to(torch.float64),  # (4, 4)
     }
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
     return path
 
 
@@ -337,10 +338,10 @@ def _corner(
     """First voxel of the patch in a case (X, Y, Z); negative where the case is the smaller one."""
     room = np.array(label.shape) - patch
     corner = random.randint(np.minimum(room, 0), np.maximum(room, 0) + 1)
-    foreground = torch.nonzero(label)
+    foreground = np.flatnonzero(label.numpy())
     if random.rand() < 2 / 3 and len(foreground):
-        voxel = foreground[random.randint(len(foreground))].numpy()
-        centred = np.clip(voxel - np.array(patch) // 2, 0, np.maximum(room, 0))
+        voxel = np.unravel_index(foreground[random.randint(len(foreground))], label.shape)
+        centred = np.clip(np.array(voxel) - np.array(patch) // 2, 0, np.maximum(room, 0))
         corner = np.where(room > 0, centred, corner)
     return corner
 

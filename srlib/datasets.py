@@ -11,6 +11,7 @@ import hashlib
 import tarfile
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,14 +143,19 @@ def find(name: str) -> Path:
 def cases(name: str) -> list[Case]:
     """The labelled cases that `dataset.json` lists, in the order of their ids."""
     index = find(name) / "dataset.json"
+    return list(_listed(index, index.stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=8)  # asked for at each case; read again when the file has changed
+def _listed(index: Path, changed: int) -> tuple[Case, ...]:
     try:
         listed = load_decathlon_datalist(str(index), is_segmentation=True, data_list_key="training")
-        found = [Case(_stem(item["image"]), *map(Path, item.values())) for item in listed]
+        found = [Case(_stem(i["image"]), Path(i["image"]), Path(i["label"])) for i in listed]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{index}: no list of cases in the Decathlon's form: {error}") from error
     if len({case.id for case in found}) < max(1, len(found)):
         raise DataError(f"{index}: no cases, or two of one name, among the {len(found)} listed")
-    return sorted(found)
+    return tuple(sorted(found))
 
 
 def case_ids(name: str) -> list[str]:
