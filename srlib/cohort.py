@@ -80,10 +80,7 @@ def fingerprint(recipe: Recipe) -> str:
 
 @cache
 def load_template(spacing: float) -> Template:
-    """The template from nilearn's package, blurred to what a grid of `spacing` mm can hold.
-
-    The Gaussian's full width at half maximum is one voxel of that grid, against aliasing.
-    """
+    """The template of nilearn's package, blurred by one voxel of `spacing` mm against aliasing."""
     from nilearn import datasets  # here: it takes seconds, and a cohort that is built needs none
 
     parts = (
@@ -91,9 +88,8 @@ def load_template(spacing: float) -> Template:
         datasets.load_mni152_gm_template(resolution=1),
         datasets.load_mni152_wm_template(resolution=1),
     )
-    t1, grey, white = (
-        gaussian_filter(part.get_fdata(dtype=np.float32), spacing / 2.355) for part in parts
-    )
+    sigma = spacing / 2.355  # of the Gaussian whose full width at half maximum is one voxel
+    t1, grey, white = (gaussian_filter(part.get_fdata(dtype=np.float32), sigma) for part in parts)
     return Template(t1, grey, white, parts[0].affine)
 
 
