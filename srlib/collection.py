@@ -137,14 +137,13 @@ def parameters_for(notebook: Path, profile: str, dataset: str) -> dict[str, Any]
     return {name: values[name] for name in declared}
 
 
-def stamp(notebook: Path, profile: str, dataset: str) -> str:
+def stamp(plan: Plan, notebook: Path) -> str:
     """A hash of everything that the notebook's results depend on, see the text above."""
     made_with = provenance.describe()
     contents = {
         "cells": [(cell.cell_type, cell.source) for cell in _read(notebook).cells],
-        "parameters": parameters_for(notebook, profile, dataset),
-        "profile": profile,
-        "data": [dataset, data.fingerprint(dataset)],
+        "parameters": parameters_for(notebook, plan.profile, plan.dataset),
+        "run": [plan.profile, plan.dataset, data.fingerprint(plan.dataset)],
         "sources": _hash_files(paths.ROOT / "srlib", ("*.py", "*.json", "*.mplstyle")),
         "reference": _hash_files(paths.REFERENCE, ("*.csv", "*.json")),
         "made with": [made_with[key] for key in ("versions", "device", "threads")],
@@ -155,13 +154,11 @@ def stamp(notebook: Path, profile: str, dataset: str) -> str:
 def is_current(plan: Plan, notebook: Path) -> bool:
     """Whether the notebook was computed, nothing it depends on has changed and all it wrote is there."""
     entry = plan.manifest["notebooks"].get(notebook.stem)
-    if entry is None or entry["stamp"] != stamp(notebook, plan.profile, plan.dataset):
+    if entry is None or entry["stamp"] != stamp(plan, notebook):
         return False
-    written = [plan.results / name for name in entry["outputs"]]
-    return all(
-        file.exists()
-        for file in (*written, plan.executed(notebook), plan.executed(notebook, ".html"))
-    )
+    needed = [plan.results / name for name in entry["outputs"]]
+    needed += [plan.executed(notebook), plan.executed(notebook, ".html")]
+    return all(file.exists() for file in needed)
 
 
 def run(plan: Plan, force: bool = False) -> None:
@@ -177,7 +174,8 @@ def run(plan: Plan, force: bool = False) -> None:
     width = max(len(notebook.stem) for notebook in plan.notebooks)
     computed = 0
     for notebook in plan.notebooks:
-        print(f"  {notebook.stem:<{width}}  ", end="", flush=True)
+        line = f"  {notebook.stem:<{width}}  "
+        print(line, end="", flush=True)
         if not force and is_current(plan, notebook):
             print("unchanged")
             continue
@@ -187,16 +185,13 @@ def run(plan: Plan, force: bool = False) -> None:
             print("stopped")
             raise
         computed += 1
-        print(duration(seconds))
-    print(summary(plan, computed, time.perf_counter() - start))
-
-
-def summary(plan: Plan, computed: int, seconds: float) -> str:
-    """The closing lines of a run: what was done, and where it is."""
-    outputs = {name for entry in plan.manifest["notebooks"].values() for name in entry["outputs"]}
+        rewritten = f"\r{line}" if sys.stderr.isatty() else ""  # over papermill's progress bar
+        print(rewritten + duration(seconds))
+    unchanged, seconds = len(plan.notebooks) - computed, time.perf_counter() - start
+    outputs = [name for entry in plan.manifest["notebooks"].values() for name in entry["outputs"]]
     figures, tables = (sum(name.endswith(end) for name in outputs) for end in (".png", ".csv"))
-    return (
-        f"{computed} computed, {len(plan.notebooks) - computed} unchanged, {duration(seconds)} in all; "
+    print(
+        f"{computed} computed, {unchanged} unchanged, {duration(seconds)} in all; "
         f"{figures} figures and {tables} tables\n"
         f"results: {_shown(plan.results)}\n"
         f"to read: {_shown(plan.executed(plan.notebooks[0], '.html'))} and the pages beside it"
@@ -216,7 +211,7 @@ def execute(plan: Plan, notebook: Path) -> float:
 
     working, log = plan.executed(notebook, ".running.ipynb"), plan.executed(notebook, ".log")
     working.parent.mkdir(parents=True, exist_ok=True)
-    mark, before = stamp(notebook, plan.profile, plan.dataset), _written(plan.results)
+    mark, before = stamp(plan, notebook), _written(plan.results)
     start = time.perf_counter()
     with kernel_environment(plan.profile), log.open("w", encoding="utf-8") as stream:
         try:
@@ -228,7 +223,7 @@ def execute(plan: Plan, notebook: Path) -> float:
                 language="python",
                 cwd=notebook.parent,
                 execution_timeout=CELL_TIMEOUT.get(plan.profile),
-                progress_bar=sys.stderr.isatty(),
+                progress_bar={"desc": f"  {notebook.stem}", "leave": False, "disable": None},
                 stdout_file=stream,
                 stderr_file=stream,
                 extra_arguments=["--log-level=50"],  # what the kernel says of itself is no output
@@ -327,14 +322,18 @@ def _failing_cell(failed: Path) -> int:
 
 
 def _record(plan: Plan, notebook: Path, entry: dict[str, Any]) -> None:
-    """Add a notebook's entry to the manifest."""
+    """Put a notebook's entry into the manifest; remove what only its former version wrote."""
     manifest = plan.manifest
+    former = manifest["notebooks"].get(notebook.stem, {"outputs": []})["outputs"]
     manifest["training"] = dataclasses.asdict(runs.config_for(plan.profile, plan.dataset))
     manifest["data"] = data.fingerprint(plan.dataset)
     entry["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     manifest["notebooks"][notebook.stem] = entry | provenance.describe()
     with paths.atomic_path(plan.results / "manifest.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    kept = {name for done in manifest["notebooks"].values() for name in done["outputs"]}
+    for name in set(former) - kept:
+        (plan.results / name).unlink(missing_ok=True)
 
 
 def _write_page(executed: Path) -> None:
