@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -135,9 +136,15 @@ def score(
         ]  # (D, H, W) -> (1, K+1, D, H, W)
         for labels in (prediction, reference)
     )
-    dice = compute_dice(pred, ref, include_background=False)[0]
-    nsd = compute_surface_dice(pred, ref, [tolerance] * len(classes), spacing=tuple(spacing))[0]
-    hd95 = compute_hausdorff_distance(pred, ref, percentile=95, spacing=tuple(spacing))[0]
+    with warnings.catch_warnings():  # of empty structures, which are handled below
+        warnings.filterwarnings("ignore", message=r".*is all 0, this may result in nan/inf")
+        warnings.filterwarnings(
+            "ignore", message=r".*always_return_as_numpy", category=FutureWarning
+        )
+        dice = compute_dice(pred, ref, include_background=False)[0]
+        tolerances = [tolerance] * len(classes)
+        nsd = compute_surface_dice(pred, ref, tolerances, spacing=tuple(spacing))[0]
+        hd95 = compute_hausdorff_distance(pred, ref, percentile=95, spacing=tuple(spacing))[0]
 
     voxel_ml = math.prod(spacing) / 1000
     diagonal = math.hypot(*(n * mm for n, mm in zip(reference.shape, spacing, strict=True)))

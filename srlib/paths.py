@@ -55,12 +55,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
 
     A reader sees the old file or the new one, never half of one; on an error the temporary file is
-    removed and the old file stays. The temporary name keeps the suffix, for writers that look at it.
+    removed and the old file stays. The temporary name keeps the suffixes, for writers that look at it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix
+        dir=path.parent, prefix=f".{path.stem[:40]}-", suffix="".join(path.suffixes)
     )
     os.close(handle)
     temporary = Path(name)

@@ -1,0 +1,125 @@
+"""Runs: identity, bit-identical resumption after kill -9, nothing done twice."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from srlib import data, runs, train
+from srlib.runs import RunConfig
+
+QUICK = RunConfig(
+    "mni152", steps=6, model="tiny", tom="inner", batch_size=1, patch_size=(36, 20, 20), warmup=2
+)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path))
+    return tmp_path
+
+
+def weights(config):
+    return load_file(runs.run_dir(config) / "model.safetensors")
+
+
+def test_identity_changes_with_all_that_the_weights_depend_on(monkeypatch):
+    ids = {runs.run_id(QUICK)}
+    for change in ({"seed": 1}, {"fold": 0, "steps": 7}, {"tom": "none"}, {"augment": False}):
+        ids.add(runs.run_id(dataclasses.replace(QUICK, **change)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    ids.add(runs.run_id(QUICK))
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(data, "fingerprint", lambda name: "other data")
+    ids.add(runs.run_id(QUICK))
+    monkeypatch.undo()
+    monkeypatch.setattr(runs, "source_hash", lambda names: "other sources")
+    ids.add(runs.run_id(QUICK))
+    assert len(ids) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"model": "huge"}, "model 'huge' is not one of"), ({"steps": 0}, "steps must be positive")],
+)
+def test_bad_configurations_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(QUICK, **change)
+
+
+def test_profiles_give_configurations():
+    config = runs.config_for("smoke", "mni152", seed=3, tom="none")
+    assert (config.model, config.seed, config.tom) == ("tiny", 3, "none")
+    with pytest.raises(ValueError, match="profile 'huge' is not one of smoke, default, full"):
+        runs.config_for("huge", "mni152")
+
+
+def test_schedule_warms_up_and_decays():
+    rates = [train.learning_rate(QUICK, step) for step in range(QUICK.steps)]
+    assert rates[:2] == [QUICK.learning_rate / 2, QUICK.learning_rate]
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[-1] > 0
+
+
+def test_a_run_is_done_once_and_reads_back(results):
+    first = train.train(QUICK)
+    stamp = (first.run_dir / "model.safetensors").stat().st_mtime_ns
+    again = train.train(QUICK)
+    assert (again.run_dir / "model.safetensors").stat().st_mtime_ns == stamp
+    pd.testing.assert_frame_equal(first.history, again.history)
+    assert first.history["step"].tolist() == list(range(QUICK.steps))
+    assert not again.model.training
+    record = json.loads((first.run_dir / "run.json").read_text())
+    assert record["config"]["tom"] == "inner"
+    assert not (first.run_dir / "checkpoint.pt").exists()
+
+
+def test_an_unfinished_run_has_no_model(results):
+    with pytest.raises(FileNotFoundError, match=f"run {runs.run_id(QUICK)} is not trained"):
+        train.load_model(QUICK)
+
+
+def test_kill_and_resume_gives_the_weights_of_the_undisturbed_run(results, monkeypatch):
+    long = dataclasses.replace(QUICK, steps=60)
+    code = (
+        "from srlib import train; from srlib.runs import RunConfig; "
+        f"train.train({long!r}, checkpoint_seconds=0)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ))
+    checkpoint = runs.run_dir(long) / "checkpoint.pt"
+    while not checkpoint.exists():
+        assert process.poll() is None, "the training ended before it could be killed"
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not runs.is_done(long)
+    done = len(torch.load(checkpoint, weights_only=True)["history"])
+    assert 0 < done < long.steps
+
+    train.train(long)
+    resumed = weights(long)
+    monkeypatch.setenv("SRLIB_RESULTS", str(results / "undisturbed"))
+    train.train(long)
+    undisturbed = weights(long)
+    assert resumed.keys() == undisturbed.keys()
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in resumed)
+
+
+def test_cases_are_checked_before_anything_is_computed(results, monkeypatch):
+    def refuse(name):
+        raise data.DataError("bad.nii.gz: not a gzip file")
+
+    monkeypatch.setattr(data, "check", refuse)
+    with pytest.raises(data.DataError, match=r"bad\.nii\.gz"):
+        train.train(QUICK)
+    assert not runs.run_dir(QUICK).exists()
