@@ -56,7 +56,7 @@ class RunConfig:
     scan_orders: tuple[str, ...] = ORDERS
     nslices: int | None = None
     batch_size: int = 2
-    patch_size: tuple[int, int, int] = (48, 64, 48)
+    patch_size: tuple[int, int, int] = (40, 56, 40)
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     warmup: int = 50
