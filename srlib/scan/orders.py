@@ -36,7 +36,8 @@ def token_order(order: str, length: int, nslices: int = 1) -> Tensor:
         slice_length = -(-length // nslices)
         grid = torch.arange(nslices * slice_length).view(nslices, slice_length)
         visited = grid.T.flatten()  # (S, I) -> (I * S,)
-        return visited[visited < length]
+        # A mask has no shape that fake tensors could know, so it is used only where slices are short.
+        return visited if len(visited) == length else visited[visited < length]
     return tokens
 
 
