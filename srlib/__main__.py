@@ -20,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 data_app = typer.Typer(help="List, get and check data sets.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -68,7 +69,7 @@ def store_outputs(dataset: DatasetOption = "mni152") -> None:
     _checked(lambda: store_outputs(plan("default", dataset)))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=PASS_ON)
 def test(context: typer.Context) -> None:
     """Run the tests, and the notebooks in the smoke profile; further arguments go to pytest."""
     if find_spec("nbval") is None or find_spec("pytest") is None:
@@ -81,17 +82,17 @@ def test(context: typer.Context) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])
 
 
-@app.command()
-def lab() -> None:
-    """Open JupyterLab on the notebooks."""
+@app.command(context_settings=PASS_ON)
+def lab(context: typer.Context) -> None:
+    """Open JupyterLab on the notebooks; further arguments go to it, as --no-browser."""
+    from jupyterlab.labapp import main
+
     from srlib.collection import kernel_environment
     from srlib.profiles import current
 
     os.chdir(paths.NOTEBOOKS)
     with kernel_environment(current().name):
-        from jupyterlab.labapp import main
-
-        main(["--ServerApp.root_dir=."])
+        main(context.args)
 
 
 @app.command()
