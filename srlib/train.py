@@ -137,7 +137,7 @@ def _batches(config: RunConfig, first_step: int) -> DataLoader:
         data.split(config.dataset, config.fold).train,
         config.patch_size,
         config.batch_size,
-        config.steps,
+        config.steps - first_step,
         config.seed,
         augment=config.augment,
         first_step=first_step,
