@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from srlib.scan import backends, selective_scan
-from srlib.scan.operator import scan, scan_backward
+from srlib.scan import backends, operator, selective_scan
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 RUNNING = [name for name, state in backends().items() if state.available]
@@ -54,10 +53,12 @@ def test_operator_keeps_torchs_contract(backend):
     torch.manual_seed(0)
     inputs = random_inputs(2, 5, 19, 3)
     options = (True, "inter_slice", 4, backend)
-    torch.library.opcheck(scan, (*inputs.values(), *options, True))
-    y, states = scan(*inputs.values(), *options, True)
+    torch.library.opcheck(operator.selective_scan, (*inputs.values(), *options, True))
+    y, states = operator.selective_scan(*inputs.values(), *options, True)
     tensors = [t.detach() for t in inputs.values()]
-    torch.library.opcheck(scan_backward, (torch.randn_like(y), states, *tensors, *options))
+    torch.library.opcheck(
+        operator.selective_scan_backward, (torch.randn_like(y), states, *tensors, *options)
+    )
 
 
 @pytest.mark.parametrize("backend", RUNNING)

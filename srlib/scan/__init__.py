@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import operator
 from .choice import BackendState, backends
 from .inputs import Options, ScanInputs
-from .operator import scan
 from .orders import ORDERS, token_order
 from .reference import reference
 
@@ -83,4 +83,4 @@ def selective_scan(
     if backend == "reference":
         return reference(*inputs, *options)
     keep_states = torch.is_grad_enabled() and any(t.requires_grad for t in inputs.given().values())
-    return scan(*inputs, *options, backend, keep_states)[0]
+    return operator.selective_scan(*inputs, *options, backend, keep_states)[0]

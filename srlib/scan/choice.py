@@ -9,13 +9,17 @@ from typing import NamedTuple
 
 import torch
 
-from . import chunked, mamba_ssm
+from . import chunked, cpu, mamba_ssm
 
 logger = logging.getLogger("srlib.scan")
 
 # Back ends of the operator; `auto` takes the first of a device's list that can run.
-WORKERS: dict[str, ModuleType] = {"chunked": chunked, "mamba_ssm": mamba_ssm}
-PREFERRED = {"cpu": ("chunked",), "cuda": ("mamba_ssm", "chunked")}
+WORKERS: dict[str, ModuleType] = {
+    "chunked": chunked,
+    "cpu": cpu,
+    "mamba_ssm": mamba_ssm,
+}
+PREFERRED = {"cpu": ("cpu", "chunked"), "cuda": ("mamba_ssm", "chunked")}
 PREFERRED_ELSEWHERE = ("chunked",)
 
 

@@ -33,10 +33,15 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def checkpoint_every(u: Tensor, A: Tensor) -> int:
+def _chunk_length(u: Tensor, A: Tensor) -> int:
     """Tokens in a chunk, for `u` (B, D, L) and `A` (D, N)."""
     budget = CHUNK_ELEMENTS.get(u.device.type, CHUNK_ELEMENTS_ELSEWHERE)
-    return max(1, min(u.shape[-1], budget // (u.shape[0] * A.numel())))
+    return max(1, min(u.shape[2], budget // (u.shape[0] * A.numel())))
+
+
+def states_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
+    """Shape of what the forward pass keeps: the states before each chunk (chunks, B, D, N)."""
+    return -(-u.shape[2] // _chunk_length(u, A)), u.shape[0], *A.shape
 
 
 def recurrence_(decay: Tensor, x: Tensor) -> Tensor:
@@ -95,17 +100,17 @@ class _Chunk:
 def _chunks(inputs: ScanInputs, options: Options) -> tuple[Tensor, ...]:
     length = inputs.u.shape[-1]
     tokens = token_order(options.order, length, options.nslices).to(inputs.u.device)
-    return tokens.split(checkpoint_every(inputs.u, inputs.A))
+    return tokens.split(_chunk_length(inputs.u, inputs.A))
 
 
 def forward(inputs: ScanInputs, options: Options, states: Tensor) -> Tensor:
-    """The scan's output (B, D, L); fills `states` (B, checkpoints, N, D) unless it is empty."""
+    """The scan's output (B, D, L); fills `states` unless it is empty."""
     y = torch.empty_like(inputs.u)
     batch, channels, _ = y.shape
     h = y.new_zeros(batch, channels, inputs.A.shape[1], dtype=compute_dtype(y.dtype))
     for k, tokens in enumerate(_chunks(inputs, options)):
         if states.numel():
-            states[:, k] = h.transpose(1, 2)
+            states[k] = h
         chunk = _Chunk(inputs, options, tokens)
         hs = chunk.states(chunk.decay(), h)
         out = chunk.scan_output(hs, inputs.D)
@@ -117,7 +122,7 @@ def forward(inputs: ScanInputs, options: Options, states: Tensor) -> Tensor:
 
 
 def backward(inputs: ScanInputs, options: Options, states: Tensor, grad: Tensor) -> Gradients:
-    """Gradients of all inputs, from `grad` (B, D, L) and the checkpoints of the forward pass.
+    """Gradients of all inputs, from `grad` (B, D, L) and the states of the forward pass.
 
     With g = grad silu(z), h the states and q[t] the gradient of the loss by h[t]:
 
@@ -127,12 +132,11 @@ def backward(inputs: ScanInputs, options: Options, states: Tensor, grad: Tensor)
     dtype = compute_dtype(inputs.u.dtype)
     sums = {name: torch.zeros_like(t, dtype=dtype) for name, t in inputs.parameters().items()}
     out = {name: torch.empty_like(t) for name, t in inputs.sequences().items()}
-    carry = torch.zeros_like(states[:, 0]).transpose(1, 2)  # decay[t+1] q[t+1], (B, D, N)
+    carry = torch.zeros_like(states[0])  # decay[t+1] q[t+1], (B, D, N)
     for k, tokens in reversed(list(enumerate(_chunks(inputs, options)))):
         chunk = _Chunk(inputs, options, tokens)
-        start = states[:, k].transpose(1, 2)
         decay = chunk.decay()
-        h = chunk.states(decay.clone(), start)
+        h = chunk.states(decay.clone(), states[k])
         g = grad.index_select(2, tokens).permute(2, 0, 1).to(dtype)  # (T, B, D)
         token_grads: dict[str, Tensor] = {}
         if chunk.z is not None:
@@ -150,7 +154,7 @@ def backward(inputs: ScanInputs, options: Options, states: Tensor, grad: Tensor)
         token_grads["C"] = torch.einsum("tbd,tbdn->tbn", g, h)
         token_grads["B"] = torch.einsum("tbdn,tbd->tbn", q, chunk.dt * chunk.u)
         through_input = torch.einsum("tbdn,tbn->tbd", q, chunk.B)
-        previous = torch.cat([start[None], h[:-1]])
+        previous = torch.cat([states[k : k + 1], h[:-1]])
         by_exponent = decay.mul_(q).mul_(previous)  # gradient by dt A, (T, B, D, N)
         by_dt = torch.einsum("tbdn,dn->tbd", by_exponent, chunk.A) + through_input * chunk.u
         sums["A"] += torch.einsum("tbdn,tbd->dn", by_exponent, chunk.dt)

@@ -41,9 +41,9 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def checkpoint_every(u: Tensor, A: Tensor) -> int:
-    """0: no states are kept."""
-    return 0
+def states_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
+    """Shape of what the forward pass keeps: nothing."""
+    return (0,)
 
 
 def _arguments(inputs: ScanInputs, options: Options) -> tuple[list[Tensor | None], Tensor]:

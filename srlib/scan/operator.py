@@ -7,6 +7,10 @@ flops. Which back end does the work is looked up inside the operator, where noth
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -16,16 +20,25 @@ from .inputs import Options, ScanInputs
 from .reference import compute_dtype
 
 
-def _states(inputs: ScanInputs, every: int) -> Tensor:
-    """Room for a state every `every` tokens (B, checkpoints, N, D); for none when `every` is 0."""
-    batch, channels, length = inputs.u.shape
-    checkpoints = -(-length // every) if every else 0
-    dtype = compute_dtype(inputs.u.dtype)
-    return inputs.u.new_empty(batch, checkpoints, inputs.A.shape[1], channels, dtype=dtype)
+def _room_for_states(worker: ModuleType, u: Tensor, A: Tensor, keep: bool) -> Tensor:
+    """What `worker` keeps for the backward pass, not yet filled; empty unless `keep`."""
+    shape = worker.states_shape(u, A) if keep else (0,)
+    return u.new_empty(shape, dtype=compute_dtype(u.dtype))
 
 
-@torch.library.custom_op("srlib::selective_scan", mutates_args=())
-def scan(
+def _define(function: Callable) -> Any:
+    """Define and return `srlib::<function>`, which runs `function` on every device.
+
+    What `torch.library.custom_op` does, without its import of torch's compiler at the first call.
+    """
+    name = f"srlib::{function.__name__}"
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "default")(function)
+    return getattr(torch.ops.srlib, function.__name__)
+
+
+@_define
+def selective_scan(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -43,23 +56,21 @@ def scan(
     """The output (B, D, L) and, with `keep_states`, the states the backward pass starts from."""
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
     worker = choose(backend, u.device, u.dtype)
-    states = _states(inputs, worker.checkpoint_every(u, A) if keep_states else 0)
+    states = _room_for_states(worker, u, A, keep_states)
     with torch.autocast(u.device.type, enabled=False):  # decay and state stay in float32
         return worker.forward(inputs, Options(delta_softplus, order, nslices), states), states
 
 
-@scan.register_fake
+@torch.library.register_fake("srlib::selective_scan")
 def _scan_fake(  # type: ignore[no-untyped-def]
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, nslices, backend, keep_states
 ):
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
     worker = choose(backend, u.device, u.dtype)
-    every = worker.checkpoint_every(u, A) if keep_states else 0
-    return torch.empty_like(u), _states(inputs, every)
+    return torch.empty_like(u), _room_for_states(worker, u, A, keep_states)
 
 
-@torch.library.custom_op("srlib::selective_scan_backward", mutates_args=())
-def scan_backward(
+@_define
+def selective_scan_backward(
     grad: Tensor,
     states: Tensor,
     u: Tensor,
@@ -83,7 +94,7 @@ def scan_backward(
     return [gradients[name] for name in inputs.given()]
 
 
-@scan_backward.register_fake
+@torch.library.register_fake("srlib::selective_scan_backward")
 def _scan_backward_fake(  # type: ignore[no-untyped-def]
     grad, states, u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, nslices, backend
 ):
@@ -102,12 +113,12 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradient(ctx, grad, _states_grad):  # type: ignore[no-untyped-def]
     *tensors, states = ctx.saved_tensors
-    gradients = iter(scan_backward(grad, states, *tensors, *ctx.options))
+    gradients = iter(selective_scan_backward(grad, states, *tensors, *ctx.options))
     per_tensor = [None if t is None else next(gradients) for t in tensors]
     return (*per_tensor, *[None] * 5)
 
 
-scan.register_autograd(_gradient, setup_context=_setup_context)
+torch.library.register_autograd("srlib::selective_scan", _gradient, setup_context=_setup_context)
 
 
 def _flops(u: list[int], states: int, per_state: int, given: int) -> int:
@@ -115,7 +126,7 @@ def _flops(u: list[int], states: int, per_state: int, given: int) -> int:
     return batch * channels * length * (per_state * states + given)
 
 
-@register_flop_formula(torch.ops.srlib.selective_scan)
+@register_flop_formula(selective_scan)
 def _scan_flops(u, delta, A, B, C, D, z, *_, **__) -> int:  # type: ignore[no-untyped-def]
     """Per token, channel and state 7: dt A, its exp, three for h and two for y.
 
@@ -124,7 +135,7 @@ def _scan_flops(u, delta, A, B, C, D, z, *_, **__) -> int:  # type: ignore[no-un
     return _flops(u, A[1], 7, 1 + 2 * (D is not None) + (z is not None))
 
 
-@register_flop_formula(torch.ops.srlib.selective_scan_backward)
+@register_flop_formula(selective_scan_backward)
 def _scan_backward_flops(  # type: ignore[no-untyped-def]
     grad, states, u, delta, A, B, C, D, z, *_, **__
 ) -> int:

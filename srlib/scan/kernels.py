@@ -1,0 +1,285 @@
+"""The selective scan's fused CPU kernels, in numba over vectors of 16 channels.
+
+The scan is worked off in chunks of `CHUNK` tokens and blocks of 16 channels. A chunk's rows are first
+copied into tiles of (tokens, 16 lanes) that stay in the innermost cache, in the order in which the scan
+visits them: whatever strides and order the memory has end there. Then state after state runs through the
+chunk, its value in one register:
+
+    h = exp(dt A) h + x B,   x = dt u,   y += C h
+
+The forward pass keeps the states before each chunk. The backward pass takes the chunks from the end,
+computes a chunk's states again and runs the adjoint recurrence through them (see `_adjoint`).
+
+What belongs to channels alone comes padded to whole vectors of P channels, with zeros: rates (N, P) are
+A log2(e), for exp(dt A) = 2^(dt rates); `skip` (P,) is D. The kernels hold no lock and start no thread:
+`cpu` calls them from its own threads. numba's parallel loops would use an OpenMP of their own, which does
+not survive a fork.
+"""
+
+# mypy: ignore-errors
+# (numba's functions take vectors and tiles, which Python's types do not describe)
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import boolean, float32, int64, njit, types, void
+
+from . import simd
+from .simd import LANES, broadcast, exp2, fma, load, sigmoid, softplus, spread, store, total
+
+CHUNK = 64  # tokens; eight tiles of 64 x 16 float32 fill a 32 KiB cache
+
+_OPTIONS = {"error_model": "numpy", "boundscheck": False, "nogil": True}
+_ZERO, _ONE, _LN2 = np.float32(0), np.float32(1), np.float32(math.log(2))
+
+_helper = njit(**_OPTIONS)
+_channels = float32[::1]  # (P,)
+_per_state = float32[:, ::1]  # (N, P)
+_sequence = float32[:, :, :]  # (B, channels or states, L) of any strides
+_states = float32[:, :, ::1]  # (B, rows, P)
+
+
+def _tiles(count: int) -> Any:
+    return types.UniTuple(float32[:, ::1], count)
+
+
+class _Kernel:
+    """A function that is compiled at its first use, from numba's cache when that is possible.
+
+    numba looks only at the function's own file to see whether its cache is stale; the name under which it
+    is cached therefore carries a digest of the vocabulary's file.
+    """
+
+    def __init__(self, function: Callable, signature: Any) -> None:
+        self.function, self.signature = function, signature
+
+    @functools.cached_property
+    def compiled(self) -> Callable:
+        digest = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()[:8]
+        self.function.__qualname__ = f"{self.function.__name__}_{digest}"
+        try:
+            return njit(self.signature, cache=True, **_OPTIONS)(self.function)
+        except RuntimeError as error:  # neither the package nor the user's cache folder is writable
+            logging.getLogger("srlib.scan").info("compiling without cache: %s", error)
+            return njit(self.signature, **_OPTIONS)(self.function)
+
+
+def _kernel(*arguments: Any) -> Callable[[Callable], _Kernel]:
+    return lambda function: _Kernel(function, void(*arguments))
+
+
+@_helper
+def _gather(tile, source, b, channel, places):
+    """tile[t, c] = source[b, channel + c, places[t]]; 0 in lanes beyond the last channel."""
+    width = min(LANES, source.shape[1] - channel)
+    if width == LANES and source.strides[1] == 4:
+        for t in range(len(places)):
+            store(tile, t, load(source, (b, channel, places[t])))
+    else:
+        tile[: len(places), width:] = 0
+        for c in range(width):
+            for t in range(len(places)):
+                tile[t, c] = source[b, channel + c, places[t]]
+
+
+@_helper
+def _scatter(target, tile, b, channel, places):
+    """target[b, channel + c, places[t]] = tile[t, c]."""
+    width = min(LANES, target.shape[1] - channel)
+    if width == LANES and target.strides[1] == 4:
+        for t in range(len(places)):
+            store(target, (b, channel, places[t]), load(tile, t))
+    else:
+        for c in range(width):
+            for t in range(len(places)):
+                target[b, channel + c, places[t]] = tile[t, c]
+
+
+@_helper
+def _gather_states(tile, source, b, places):
+    """All of B or C at the places: state n of token t is at [n // 16 * CHUNK + t, n % 16]."""
+    for n in range(0, source.shape[1], LANES):
+        _gather(tile[n // LANES * CHUNK :], source, b, n, places)
+
+
+def forward_tiles(nstates: int) -> list[int]:
+    """Rows of the tiles that `forward` works in."""
+    return [CHUNK] * 3 + [-(-nstates // LANES) * CHUNK] * 2
+
+
+@_kernel(
+    _sequence, _sequence, _per_state, _sequence, _sequence, _channels, _sequence, _channels, boolean,
+    boolean, int64[::1], _tiles(5), _sequence, _states, int64, int64, int64,
+)  # fmt: skip
+def forward(
+    u, delta, rates, B, C, skip, z, bias, with_softplus, with_gate, order, tiles, y, states, b, first, last
+):  # fmt: skip
+    """Scan channels `first` to `last` of sequence `b` from the states (B, N, P) in the first rows of `states`.
+
+    With room for it, `states` (B, (chunks + 1) N, P) receives those after each chunk, else the last ones.
+    """
+    nstates = len(rates)
+    dt, x, out, Bs, Cs = tiles
+    advance = nstates if states.shape[1] > nstates else 0
+    now = 0  # row of the state 0 before this chunk
+    for start in range(0, len(order), CHUNK):
+        places = order[start : start + CHUNK]
+        _gather_states(Bs, B, b, places)
+        _gather_states(Cs, C, b, places)
+        for channel in range(first, last, LANES):
+            _gather(dt, delta, b, channel, places)
+            _gather(x, u, b, channel, places)
+            for t in range(len(places)):
+                step, value = load(dt, t) + load(bias, (channel,)), load(x, t)
+                if with_softplus:
+                    step = softplus(step)
+                store(dt, t, step)
+                store(x, t, step * value)
+                store(out, t, load(skip, (channel,)) * value)
+
+            for n in range(nstates):
+                row, lane = n // LANES * CHUNK, n % LANES
+                rate, h = load(rates, (n, channel)), load(states, (b, now + n, channel))
+                for t in range(len(places)):
+                    decay = exp2(load(dt, t) * rate)
+                    h = fma(decay, h, load(x, t) * spread(Bs, row + t, lane))
+                    store(out, t, fma(h, spread(Cs, row + t, lane), load(out, t)))
+                store(states, (b, now + advance + n, channel), h)
+
+            if with_gate:
+                _gather(x, z, b, channel, places)
+                for t in range(len(places)):
+                    gate = load(x, t)
+                    store(out, t, load(out, t) * gate * sigmoid(gate))
+            _scatter(y, out, b, channel, places)
+        now += advance
+
+
+@_helper
+def _adjoint(rate, h, carry, lane, dt, x, Bs, Cs, dy, dx, ddt, dBs, dCs, add, hs, decays):
+    """One state through a chunk: forwards from `h`, then backwards from `carry`.
+
+    With q[t] the loss's derivative by h[t], and `carry` = exp(dt[t+1] A) q[t+1] from the token after:
+
+        q = dy C + carry,   dx += q B,   dB += q x,   dC += dy h
+        carry = exp(dt A) q,   ddt += (carry h[t-1]) A,   dA += (carry h[t-1]) dt
+
+    Returns `carry` for the chunk before, and this chunk's share of dA. Leaves h[t] in `hs[t + 1]`.
+    """
+    store(hs, 0, h)
+    for t in range(len(dt)):
+        decay = exp2(load(dt, t) * rate)
+        h = fma(decay, h, load(x, t) * spread(Bs, t, lane))
+        store(decays, t, decay)
+        store(hs, t + 1, h)
+    dA = broadcast(_ZERO)
+    for t in range(len(dt) - 1, -1, -1):
+        slope = load(dy, t)
+        q = fma(slope, spread(Cs, t, lane), carry)
+        dB, dC = q * load(x, t), slope * h
+        if add:
+            dB, dC = dB + load(dBs, t), dC + load(dCs, t)
+        store(dBs, t, dB)
+        store(dCs, t, dC)
+        store(dx, t, fma(q, spread(Bs, t, lane), load(dx, t)))
+        carry = q * load(decays, t)
+        h = load(hs, t)
+        by_exponent = carry * h
+        store(ddt, t, fma(by_exponent, rate, load(ddt, t)))
+        dA = fma(by_exponent, load(dt, t), dA)
+    return carry, dA
+
+
+def backward_tiles(nstates: int) -> list[int]:
+    """Rows of the tiles that `backward` works in."""
+    groups = -(-nstates // LANES)
+    return [CHUNK] * 10 + [CHUNK + 1] + [groups * CHUNK] * 2 + [nstates * CHUNK] * 2
+
+
+@_kernel(
+    _sequence, _sequence, _per_state, _sequence, _sequence, _channels, _sequence, _channels, boolean,
+    boolean, int64[::1], _tiles(15), _states, _sequence, _states, _sequence, _sequence, _states,
+    _sequence, _sequence, _sequence, _per_state, _per_state, int64, int64, int64,
+)  # fmt: skip
+def backward(
+    u, delta, rates, B, C, skip, z, bias, with_softplus, with_gate, order, tiles, states, grad, carries,
+    du, ddelta, dA, dB, dC, dz, dD, dbias, b, first, last,
+):  # fmt: skip
+    """Gradients for channels `first` to `last` of sequence `b`.
+
+    `carries` (B, N, P) begin as zeros. dB and dC are this worker's sums over its channels, dA (B, N, P), dD
+    and dbias (B, P) the sums over this sequence's tokens; these three begin as zeros too.
+    """
+    nstates = len(rates)
+    dt, x, v, dy, dx, ddt, slope, out, gates, decays, hs, Bs, Cs, dBs, dCs = tiles
+    zero, one, ln2 = broadcast(_ZERO), broadcast(_ONE), broadcast(_LN2)
+    for chunk in range((len(order) - 1) // CHUNK, -1, -1):
+        places = order[chunk * CHUNK : (chunk + 1) * CHUNK]
+        count = len(places)
+        _gather_states(Bs, B, b, places)
+        _gather_states(Cs, C, b, places)
+        for channel in range(first, last, LANES):
+            _gather(dt, delta, b, channel, places)
+            _gather(v, u, b, channel, places)
+            _gather(dy, grad, b, channel, places)
+            for t in range(count):
+                step, value = load(dt, t) + load(bias, (channel,)), load(v, t)
+                store(slope, t, one)
+                if with_softplus:
+                    store(slope, t, sigmoid(step))
+                    step = softplus(step)
+                store(dt, t, step)
+                store(x, t, step * value)
+                store(out, t, load(skip, (channel,)) * value)
+                store(dx, t, zero)
+                store(ddt, t, zero)
+            if with_gate:  # y = out silu(z): keep grad silu'(z) until `out` is known
+                _gather(gates, z, b, channel, places)
+                for t in range(count):
+                    gate, outer = load(gates, t), load(dy, t)
+                    s = sigmoid(gate)
+                    store(gates, t, outer * s * fma(gate, one - s, one))
+                    store(dy, t, outer * gate * s)
+
+            for n in range(nstates):
+                row, lane = n // LANES * CHUNK, n % LANES
+                h = load(states, (b, chunk * nstates + n, channel))
+                carry, share = _adjoint(
+                    load(rates, (n, channel)), h, load(carries, (b, n, channel)), lane,
+                    dt[:count], x, Bs[row:], Cs[row:], dy, dx, ddt,
+                    dBs[n * CHUNK :], dCs[n * CHUNK :], channel > first, hs, decays,
+                )  # fmt: skip
+                store(carries, (b, n, channel), carry)
+                store(dA, (b, n, channel), load(dA, (b, n, channel)) + share)
+                if with_gate:
+                    for t in range(count):
+                        weight = spread(Cs, row + t, lane)
+                        store(out, t, fma(load(hs, t + 1), weight, load(out, t)))
+
+            dD_share, dbias_share = zero, zero
+            for t in range(count):
+                value, outer, by_x = load(v, t), load(dy, t), load(dx, t)
+                by_delta = fma(load(ddt, t), ln2, by_x * value) * load(slope, t)
+                dD_share = fma(outer, value, dD_share)
+                dbias_share = dbias_share + by_delta
+                store(ddt, t, by_delta)
+                store(dx, t, fma(by_x, load(dt, t), outer * load(skip, (channel,))))
+                store(out, t, load(out, t) * load(gates, t))
+            store(dD, (b, channel), load(dD, (b, channel)) + dD_share)
+            store(dbias, (b, channel), load(dbias, (b, channel)) + dbias_share)
+            _scatter(du, dx, b, channel, places)
+            _scatter(ddelta, ddt, b, channel, places)
+            if with_gate:
+                _scatter(dz, out, b, channel, places)
+
+        for n in range(nstates):
+            for t in range(count):
+                dB[b, n, places[t]] = total(load(dBs, n * CHUNK + t))
+                dC[b, n, places[t]] = total(load(dCs, n * CHUNK + t))
