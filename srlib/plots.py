@@ -144,8 +144,8 @@ def signals(x: ArrayLike, panels: Panels, xlabel: str, step: bool = False) -> Fi
         xlabel: label of the horizontal axis, with its unit.
         step: draw each value as constant until the next position.
     """
-    n = len(panels)
-    figure, axes = subplots(n, height=1.5 * n + 0.6, sharex=True, squeeze=False)
+    height = max(2.6, 1.5 * len(panels) + 0.6)
+    figure, axes = subplots(len(panels), height=height, sharex=True, squeeze=False)
     for axis, (ylabel, curves) in zip(axes[:, 0], panels.items(), strict=True):
         for (name, y), dash in zip(curves.items(), itertools.cycle(("-", "--", ":", "-."))):
             axis.plot(x, y, dash, label=name, drawstyle="steps-post" if step else "default")
@@ -171,7 +171,7 @@ def heat_maps(grid: Panels, label: str, xlabel: str, ylabel: str, annotate: bool
     values = np.concatenate([picture.ravel() for line in pictures for picture in line])
     norm = Normalize(values.min(), values.max())
     tall, broad = pictures[0][0].shape
-    height = len(grid) * (min(2.2, 6.0 / len(pictures[0])) * tall / broad + 0.15) + 0.9
+    height = len(grid) * (min(2.2, 5.2 / len(pictures[0])) * tall / broad + 0.15) + 0.9
     figure, axes = subplots(len(grid), len(pictures[0]), height=height, squeeze=False)
     for axis, picture in zip(axes.flat, itertools.chain(*pictures), strict=True):
         drawn = axis.imshow(picture, cmap="viridis", norm=norm)
@@ -199,8 +199,7 @@ def stacked_bars(table: pd.DataFrame, xlabel: str) -> Figure:
     for row, total in enumerate(left):
         axis.text(total, row, f" {total:,.3g}", va="center", size=8)
     axis.invert_yaxis()
-    axis.margins(x=0.12)
-    axis.set(xlabel=xlabel, ylabel="")
+    axis.set(xlabel=xlabel, xlim=(0, 1.12 * left.max()))
     figure.legend(loc="outside upper center", ncols=len(table.columns))
     return figure
 
@@ -292,7 +291,7 @@ def tiles(
     extent = np.array(np.shape(items[0].image)) * spacing
     sides = [np.delete(extent, PLANES[item.plane]) for item in items]
     size = (7.3 / columns - 0.55 * ruled) * max(up / across for across, up in sides)
-    height = rows * (size + 0.25 + 0.4 * ruled) + 0.5
+    height = rows * (size + 0.25 + 0.5 * ruled) + 0.5
     figure, axes = subplots(rows, columns, height=height, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
