@@ -96,7 +96,7 @@ def load_model(config: RunConfig) -> SegResMamba:
 def _train(config: RunConfig, folder: Path, progress: bool | None, interval: float) -> None:
     fabric = Fabric(accelerator=device().type, devices=1, precision=config.precision)  # type: ignore[arg-type]
     network = build_model(config)
-    adamw = torch.optim.AdamW(network.parameters(), weight_decay=config.weight_decay)
+    adamw = torch.optim.AdamW(network.parameters(), weight_decay=config.weight_decay, fused=True)
     history = _load_checkpoint(folder / "checkpoint.pt", network, adamw)
     model, optimizer = fabric.setup(network, adamw)
     loss_function = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
