@@ -41,13 +41,14 @@ def collection(
     dataset: DatasetOption = "mni152",
     only: Only = None,
     force: Annotated[bool, typer.Option("--force", help="Compute what is unchanged too.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of every training; its results go apart.")] = 0,
     list_: Annotated[bool, typer.Option("--list", help="List the notebooks and stop.")] = False,
 ) -> None:
     """Execute the notebooks in order; write figures, tables, pages and a manifest."""
     from srlib.collection import NotebookError, is_current, plan, run
     from srlib.data import DataError
 
-    chosen = _checked(lambda: plan(profile, dataset, only or ()))
+    chosen = _checked(lambda: plan(profile, dataset, only or (), seed=seed))
     if list_:
         for notebook in chosen.notebooks:
             state = "done" if is_current(chosen, notebook) else "to do"
@@ -59,6 +60,26 @@ def collection(
         _stop(str(error), status=1)
     except KeyboardInterrupt:
         _stop("stopped; the notebooks that were finished are kept", status=130)
+
+
+@app.command()
+def verify(profile: Profile = "default", dataset: DatasetOption = "mni152") -> None:
+    """Compare the last run's tables with those that the repository holds."""
+    from srlib import collection, reference
+
+    done = _checked(lambda: collection.plan(profile, dataset).manifest["notebooks"])
+    comparison = _checked(lambda: reference.compare(profile, dataset, done))
+    typer.echo(reference.verdict(comparison))
+    if not comparison["agrees"].all():
+        raise typer.Exit(1)
+
+
+@app.command()
+def store_reference(profile: Profile = "default", dataset: DatasetOption = "mni152") -> None:
+    """For maintainers: make the tables of seeds 0, 1 and 2 what runs are compared with."""
+    from srlib import reference
+
+    _checked(lambda: reference.store(profile, dataset))
 
 
 @app.command()

@@ -32,9 +32,9 @@ from unittest.mock import patch
 import nbformat
 from nbformat import NotebookNode
 
-from srlib import data, paths, profiles, provenance, runs
+from srlib import data, paths, profiles, provenance, reference, runs
 
-PARAMETERS = ("PROFILE", "DATASET", "INTERACTIVE")
+PARAMETERS = ("PROFILE", "DATASET", "SEED", "INTERACTIVE")
 # Seconds that one cell may take before the run is given up as hanging; the full profile has no limit.
 CELL_TIMEOUT = {"smoke": 20 * 60, "default": 3 * 3600}
 # Tags of the cells that papermill adds to a notebook.
@@ -54,11 +54,12 @@ class Plan:
     profile: str
     dataset: str
     notebooks: tuple[Path, ...]
+    seed: int = 0
 
     @property
     def results(self) -> Path:
         """The folder that the run fills."""
-        return paths.results_dir(self.profile, self.dataset)
+        return paths.results_dir(self.profile, self.dataset, self.seed)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -66,7 +67,12 @@ class Plan:
         file = self.results / "manifest.json"
         if file.exists():
             return json.loads(file.read_text())
-        return {"profile": self.profile, "dataset": self.dataset, "notebooks": {}}
+        return {
+            "profile": self.profile,
+            "dataset": self.dataset,
+            "seed": self.seed,
+            "notebooks": {},
+        }
 
     def executed(self, notebook: Path, suffix: str = ".ipynb") -> Path:
         """Where the executed copy of a notebook goes; with another suffix its page or its log."""
@@ -74,7 +80,11 @@ class Plan:
 
 
 def plan(
-    profile: str, dataset: str, only: Sequence[str] = (), folder: Path = paths.NOTEBOOKS
+    profile: str,
+    dataset: str,
+    only: Sequence[str] = (),
+    folder: Path = paths.NOTEBOOKS,
+    seed: int = 0,
 ) -> Plan:
     """Check every name before anything runs.
 
@@ -83,6 +93,7 @@ def plan(
         dataset: name of a data set.
         only: numbers or names of notebooks (`3`, `03` or `03_training`); empty means all.
         folder: where the notebooks are.
+        seed: of every training.
 
     Raises:
         ValueError: an unknown profile, data set or notebook, or a notebook whose parameters cannot be filled.
@@ -92,9 +103,10 @@ def plan(
     if not data.get(dataset).virtual:
         data.find(dataset)
     chosen = tuple(select(find_notebooks(folder), only))
+    made = Plan(profile, dataset, chosen, seed)
     for notebook in chosen:
-        parameters_for(notebook, profile, dataset)
-    return Plan(profile, dataset, chosen)
+        parameters_for(made, notebook)
+    return made
 
 
 def find_notebooks(folder: Path = paths.NOTEBOOKS) -> list[Path]:
@@ -118,7 +130,7 @@ def select(notebooks: Sequence[Path], only: Iterable[str]) -> list[Path]:
     return [notebook for notebook in notebooks if not chosen or notebook in chosen]
 
 
-def parameters_for(notebook: Path, profile: str, dataset: str) -> dict[str, Any]:
+def parameters_for(plan: Plan, notebook: Path) -> dict[str, Any]:
     """Values for what the notebook's cell tagged `parameters` declares.
 
     Papermill itself only warns of a name that does not match, and the notebook would then quietly run with its
@@ -133,7 +145,12 @@ def parameters_for(notebook: Path, profile: str, dataset: str) -> dict[str, Any]
             f"{notebook.name}: its cell tagged 'parameters' declares {', '.join(unknown) or 'nothing'}; "
             f"expected are names out of {', '.join(PARAMETERS)}"
         )
-    values = {"PROFILE": profile, "DATASET": dataset, "INTERACTIVE": False}
+    values = {
+        "PROFILE": plan.profile,
+        "DATASET": plan.dataset,
+        "SEED": plan.seed,
+        "INTERACTIVE": False,
+    }
     return {name: values[name] for name in declared}
 
 
@@ -142,10 +159,14 @@ def stamp(plan: Plan, notebook: Path) -> str:
     made_with = provenance.describe()
     contents = {
         "cells": [(cell.cell_type, cell.source) for cell in _read(notebook).cells],
-        "parameters": parameters_for(notebook, plan.profile, plan.dataset),
+        "parameters": parameters_for(plan, notebook),
         "run": [plan.profile, plan.dataset, data.fingerprint(plan.dataset)],
         "sources": _hash_files(paths.ROOT / "srlib", ("*.py", "*.json", "*.mplstyle")),
-        "reference": _hash_files(paths.REFERENCE, ("*.csv", "*.json")),
+        "reference": [
+            _hash_files(folder, ("*.csv", "*.json"))
+            for folder in sorted(paths.REFERENCE.glob("*/"))
+            if folder.name not in profiles.PROFILES  # what runs are compared with, not made from
+        ],
         "made with": [made_with[key] for key in ("versions", "device", "threads")],
     }
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
@@ -188,7 +209,8 @@ def run(plan: Plan, force: bool = False) -> None:
         rewritten = f"\r{line}" if sys.stderr.isatty() else ""  # over papermill's progress bar
         print(rewritten + duration(seconds))
     unchanged, seconds = len(plan.notebooks) - computed, time.perf_counter() - start
-    outputs = [name for entry in plan.manifest["notebooks"].values() for name in entry["outputs"]]
+    done = plan.manifest["notebooks"]
+    outputs = [name for entry in done.values() for name in entry["outputs"]]
     figures, tables = (sum(name.endswith(end) for name in outputs) for end in (".png", ".csv"))
     print(
         f"{computed} computed, {unchanged} unchanged, {duration(seconds)} in all; "
@@ -196,6 +218,8 @@ def run(plan: Plan, force: bool = False) -> None:
         f"results: {_shown(plan.results)}\n"
         f"to read: {_shown(plan.executed(plan.notebooks[0], '.html'))} and the pages beside it"
     )
+    if plan.seed == 0 and reference.exists(plan.profile, plan.dataset):
+        print(reference.verdict(reference.compare(plan.profile, plan.dataset, done)))
 
 
 def execute(plan: Plan, notebook: Path) -> float:
@@ -218,7 +242,7 @@ def execute(plan: Plan, notebook: Path) -> float:
             papermill.execute_notebook(
                 notebook,
                 working,
-                parameters=parameters_for(notebook, plan.profile, plan.dataset),
+                parameters=parameters_for(plan, notebook),
                 kernel_name="python3",
                 language="python",
                 cwd=notebook.parent,
@@ -325,7 +349,9 @@ def _record(plan: Plan, notebook: Path, entry: dict[str, Any]) -> None:
     """Put a notebook's entry into the manifest; remove what only its former version wrote."""
     manifest = plan.manifest
     former = manifest["notebooks"].get(notebook.stem, {"outputs": []})["outputs"]
-    manifest["training"] = dataclasses.asdict(runs.config_for(plan.profile, plan.dataset))
+    manifest["training"] = dataclasses.asdict(
+        runs.config_for(plan.profile, plan.dataset, seed=plan.seed)
+    )
     manifest["data"] = data.fingerprint(plan.dataset)
     entry["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     manifest["notebooks"][notebook.stem] = entry | provenance.describe()

@@ -25,9 +25,9 @@ def results_root() -> Path:
     return Path(os.environ.get("SRLIB_RESULTS") or ROOT / "results").resolve()
 
 
-def results_dir(profile: str, dataset: str) -> Path:
+def results_dir(profile: str, dataset: str, seed: int = 0) -> Path:
     """The folder of one collection run's figures, tables and executed notebooks."""
-    return results_root() / profile / dataset
+    return results_root() / profile / (f"{dataset}-seed-{seed}" if seed else dataset)
 
 
 def runs_root() -> Path:

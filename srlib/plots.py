@@ -86,7 +86,7 @@ class Record:
         inch = 1 / figure.get_figheight()
         figure.set_layout_engine("constrained", rect=(0, 0.2 * inch, 1, 1 - 0.2 * inch))
         figure.text(0.01, 0.05 * inch, self.stamp(), size=8, color=GREY)
-        folder = results_dir(self.profile, self.dataset) / "figures"
+        folder = results_dir(self.profile, self.dataset, self.seed) / "figures"
         about = {"Title": name, "Description": alt}
         with atomic_path(folder / f"{name}.png") as path:
             figure.savefig(path, dpi=300, metadata=about)
@@ -105,7 +105,8 @@ class Record:
             name: file name without suffix, unique in the collection.
             digits: decimals displayed; the file holds six significant digits.
         """
-        path = results_dir(self.profile, self.dataset) / "tables" / f"{name}.csv"
+        folder = results_dir(self.profile, self.dataset, self.seed) / "tables"
+        path = folder / f"{name}.csv"
         body = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
         with atomic_path(path) as temporary:
             temporary.write_text(f"# {self.stamp()}\n{body}", encoding="utf-8")

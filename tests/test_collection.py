@@ -215,7 +215,7 @@ def test_parameters_that_cannot_be_filled_are_refused(notebooks, cell, named):
 
 def test_only_declared_parameters_are_passed(notebooks):
     notebook = write_notebook(notebooks, "00_first", parameters="INTERACTIVE = True")
-    assert collection.parameters_for(notebook, "smoke", "mni152") == {"INTERACTIVE": False}
+    assert collection.parameters_for(plan(notebook.parent), notebook) == {"INTERACTIVE": False}
 
 
 def test_select_takes_numbers_and_names_in_the_collection_s_order():

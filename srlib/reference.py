@@ -1,0 +1,133 @@
+"""The self-check: do the tables of a run agree with those that the repository holds?
+
+`results/reference/<profile>/<dataset>/seed-<n>/` holds the tables of the same notebooks for three
+seeds. A machine with other rounding trains other weights, as another seed does; so what may differ,
+and by how much, is read off the spread between the seeds:
+
+    tolerance = SPREADS * sd,   sd = root mean square over a column of the cells' standard deviations
+
+Cells are pooled by column because three values alone give a poor standard deviation. A number that
+is the same for every seed (a count, a shape) has to be the same again, up to rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from srlib.paths import REFERENCE, atomic_path, results_dir
+
+SEEDS = (0, 1, 2)
+SPREADS = 4.0  # a normal value beyond four standard deviations is one in 16,000
+ROUNDING = 1e-4  # relative; of floating-point numbers that no seed changes
+# Columns that a machine's speed or load decides are not compared.
+MACHINE = re.compile(
+    r"second|\(s\)|\(ms\)|\bms\b|time|memory|MB|GB|GiB|MiB|value|kB", re.IGNORECASE
+)
+
+
+def folder(profile: str, dataset: str, seed: int) -> Path:
+    """Where the reference tables of one seed are."""
+    return REFERENCE / profile / dataset / f"seed-{seed}"
+
+
+def exists(profile: str, dataset: str) -> bool:
+    """Whether the repository holds a reference for this profile and data set."""
+    return all(folder(profile, dataset, seed).is_dir() for seed in SEEDS)
+
+
+def compare(profile: str, dataset: str, notebooks: Iterable[str]) -> pd.DataFrame:
+    """Compare the tables of seed 0 in `results/` with the reference, number by number.
+
+    Args:
+        profile: name of a profile.
+        dataset: name of a data set.
+        notebooks: those that were run; tables are compared whose name starts with the number of one.
+
+    Returns:
+        One row a number: `table`, `row`, `column`, `value`, `reference`, `tolerance`, `agrees`.
+        A table or a row that only one side has is a row without a value that does not agree.
+
+    Raises:
+        FileNotFoundError: the repository holds no reference for this profile and data set.
+    """
+    if not exists(profile, dataset):
+        raise FileNotFoundError(f"no reference for profile {profile}, data set {dataset}")
+    references = [folder(profile, dataset, seed) for seed in SEEDS]
+    computed = results_dir(profile, dataset) / "tables"
+    numbers = tuple(f"{notebook[:2]}-" for notebook in notebooks)
+    names = {file.name for root in (computed, references[0]) for file in root.glob("*.csv")}
+    rows: list[dict] = []
+    for name in sorted(name for name in names if name.startswith(numbers)):
+        rows += _compare_table(name, computed / name, [root / name for root in references])
+    columns = ["table", "row", "column", "value", "reference", "tolerance", "agrees"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def verdict(comparison: pd.DataFrame) -> str:
+    """The comparison in words: how many numbers agree, and each that does not with both values."""
+    differing = comparison[~comparison["agrees"]]
+    lines = [
+        f"{len(comparison) - len(differing)} of {len(comparison)} numbers agree with the reference"
+    ]
+    lines += [
+        f"  {row.table}, row {row.row}, {row.column}: "
+        f"{row.value:.6g}, reference {row.reference:.6g} within {row.tolerance:.2g}"
+        for row in differing.itertuples()
+    ]
+    return "\n".join(lines)
+
+
+def store(profile: str, dataset: str) -> None:
+    """For maintainers: make the tables and manifests of all three seeds the reference.
+
+    Raises:
+        FileNotFoundError: a seed has not been computed.
+    """
+    sources = {seed: results_dir(profile, dataset, seed) for seed in SEEDS}
+    for seed, source in sources.items():
+        if not (source / "manifest.json").is_file():
+            raise FileNotFoundError(f"seed {seed} has not been computed: no manifest in {source}")
+    for seed, source in sources.items():
+        target = folder(profile, dataset, seed)
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source / "tables", target)
+        manifest = json.loads((source / "manifest.json").read_text())
+        with atomic_path(target / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def _compare_table(name: str, computed: Path, references: Sequence[Path]) -> list[dict]:
+    """Rows of `compare` for one table."""
+    nothing = {"table": Path(name).stem, "row": 0, "value": np.nan, "reference": np.nan}
+    if not computed.is_file() or not references[0].is_file():
+        missing = "in this run" if not computed.is_file() else "in the reference"
+        return [{**nothing, "column": f"table missing {missing}", "tolerance": 0, "agrees": False}]
+    table = _read(computed)
+    seeds = [_read(file) for file in references]
+    if any(len(other) != len(table) or list(other) != list(table) for other in seeds):
+        return [{**nothing, "column": "other rows or columns", "tolerance": 0, "agrees": False}]
+    rows = []
+    for column in table.select_dtypes("number").columns:
+        if MACHINE.search(column):
+            continue
+        values = np.stack([other[column].to_numpy(float) for other in seeds])  # (seeds, rows)
+        spread = SPREADS * float(np.sqrt(np.nanmean(np.var(values, axis=0, ddof=1))))
+        whole = all(pd.api.types.is_integer_dtype(other[column]) for other in (table, *seeds))
+        for row, (value, expected) in enumerate(zip(table[column], values[0], strict=True)):
+            rounding = 0.0 if whole else ROUNDING * abs(expected)
+            tolerance = max(spread, rounding)
+            agrees = abs(value - expected) <= tolerance or (np.isnan(value) and np.isnan(expected))
+            found = {"row": row, "column": column, "value": float(value), "reference": expected}
+            rows.append({**nothing, **found, "tolerance": tolerance, "agrees": bool(agrees)})
+    return rows
+
+
+def _read(file: Path) -> pd.DataFrame:
+    return pd.read_csv(file, comment="#")

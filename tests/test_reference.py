@@ -1,0 +1,97 @@
+"""The self-check: another rounding agrees, another model or a lost row does not."""
+
+import dataclasses
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from srlib import reference, train
+from srlib.paths import results_dir
+from srlib.runs import RunConfig
+
+CONFIG = RunConfig(
+    "mni152", steps=5, model="tiny", tom="inner", batch_size=1, patch_size=(36, 20, 20), warmup=2
+)
+NOTEBOOKS = ["03_training"]
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(reference, "REFERENCE", tmp_path / "reference")
+
+
+def write_tables(config, seed=0):
+    """What a notebook would write of a training: numbers of several kinds."""
+    result = train.train(dataclasses.replace(config, seed=seed))
+    folder = results_dir("smoke", "mni152", seed)
+    (folder / "tables").mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text(json.dumps({"seed": seed}))
+    parameters = sum(p.numel() for p in result.model.parameters())
+    history = result.history[["step", "loss", "seconds"]].assign(parameters=parameters)
+    (folder / "tables" / "03-history.csv").write_text("# stamp\n" + history.to_csv(index=False))
+
+
+@pytest.fixture
+def stored(folders):
+    for seed in reference.SEEDS:
+        write_tables(CONFIG, seed)
+    reference.store("smoke", "mni152")
+
+
+def test_the_same_run_agrees_and_times_are_not_compared(stored):
+    comparison = reference.compare("smoke", "mni152", NOTEBOOKS)
+    assert comparison["agrees"].all()
+    assert set(comparison["column"]) == {"step", "loss", "parameters"}
+    assert reference.verdict(comparison) == "15 of 15 numbers agree with the reference"
+
+
+def test_another_rounding_agrees(stored):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)  # sums in another order, and another run
+    try:
+        write_tables(CONFIG)
+    finally:
+        torch.set_num_threads(threads)
+    assert reference.compare("smoke", "mni152", NOTEBOOKS)["agrees"].all()
+
+
+def test_a_changed_model_differs_and_both_values_are_named(stored):
+    write_tables(dataclasses.replace(CONFIG, tom="none"))
+    comparison = reference.compare("smoke", "mni152", NOTEBOOKS)
+    different = comparison[~comparison["agrees"]]
+    assert (different["column"] == "parameters").sum() == CONFIG.steps
+    row = different.iloc[0]
+    assert f"{row['value']:.6g}, reference {row['reference']:.6g}" in reference.verdict(comparison)
+
+
+def test_a_broken_training_differs(stored):
+    file = results_dir("smoke", "mni152") / "tables" / "03-history.csv"
+    table = pd.read_csv(file, comment="#")
+    table["loss"] += 10 * table["loss"].std()
+    table.to_csv(file, index=False)
+    assert not reference.compare("smoke", "mni152", NOTEBOOKS)["agrees"].all()
+
+
+def test_lost_rows_and_lost_tables_do_not_agree(stored):
+    folder = results_dir("smoke", "mni152") / "tables"
+    file = folder / "03-history.csv"
+    pd.read_csv(file, comment="#").iloc[:-1].to_csv(file, index=False)
+    (only,) = reference.compare("smoke", "mni152", NOTEBOOKS).itertuples()
+    assert (only.column, only.agrees) == ("other rows or columns", False)
+    file.unlink()
+    (only,) = reference.compare("smoke", "mni152", NOTEBOOKS).itertuples()
+    assert (only.column, only.agrees) == ("table missing in this run", False)
+
+
+def test_only_tables_of_notebooks_that_ran_are_compared(stored):
+    assert reference.compare("smoke", "mni152", ["01_architecture"]).empty
+
+
+def test_a_missing_reference_is_named(folders):
+    with pytest.raises(FileNotFoundError, match="no reference for profile smoke, data set mni152"):
+        reference.compare("smoke", "mni152", NOTEBOOKS)
+    with pytest.raises(FileNotFoundError, match="seed 0 has not been computed"):
+        reference.store("smoke", "mni152")
