@@ -6,10 +6,12 @@
 #   ./run_all.sh --dataset NAME       mni152 (embedded) or hippocampus; "data list" says more
 #   ./run_all.sh --only 03            one notebook; may be repeated
 #   ./run_all.sh --force              compute what is there and unchanged again
+#   ./run_all.sh --seed 1             another seed of every training; its results go apart
 #   ./run_all.sh --seed N             other initial weights and samples, results apart
 #   ./run_all.sh --list               the notebooks and whether they are done
 #   ./run_all.sh verify               compare the last run with the committed reference
 #   ./run_all.sh test                 the tests, and the notebooks in the smoke profile
+#   ./run_all.sh verify               compare the last run's tables with the repository's
 #   ./run_all.sh lab                  JupyterLab on the notebooks
 #   ./run_all.sh info | data | bench  the other commands of "python -m srlib"; each has -h
 #

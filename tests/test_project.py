@@ -204,10 +204,8 @@ def test_notebook_was_run_from_top_to_bottom_without_errors(path):
         assert not collection.ABSOLUTE_PATH.search(str(cell.outputs))
 
 
-@pytest.mark.parametrize(
-    "path", collection.find_notebooks() if NOTEBOOKS else [], ids=lambda p: p.stem
-)
-def test_notebook_opens_with_a_heading_and_can_be_given_parameters(path):
-    assert nbformat.read(path, as_version=4).cells[0].source.startswith("# ")
-    values = collection.parameters_for(path, "smoke", "mni152")
-    assert values["PROFILE"] == "smoke"
+def test_notebooks_open_with_a_heading_and_can_be_given_parameters():
+    plan = collection.plan("smoke", "mni152")
+    for path in plan.notebooks:
+        assert nbformat.read(path, as_version=4).cells[0].source.startswith("# ")
+        assert collection.parameters_for(plan, path)["PROFILE"] == "smoke"
