@@ -1,0 +1,440 @@
+"""What one training step costs: parameters, arithmetic, memory, time and energy, counted or measured.
+
+A *MAC* is one multiplication with its addition: two FLOP. torch's flop counter counts those of convolutions,
+matrix products and attention, and by its own formula the selective scan; norms, activations and interpolation are
+not counted. Memory is in GiB (2^30 bytes) and has these parts:
+
+| part | holds |
+|---|---|
+| weights | parameters and buffers |
+| gradients | of the parameters |
+| optimizer | Adam's two moments |
+| activations | what forward pass and loss keep for the backward pass, or compute again for it; autocast's weights |
+| temporary | the backward pass's own tensors, gradients of activations among them |
+| input | image and label |
+
+| memory is | by | includes |
+|---|---|---|
+| counted (`count`) | fake tensors that have a shape and no data | every tensor; no scratch inside an operator |
+| measured on the CPU (`measure`) | torch's allocator; the process's resident memory | scratch; then libraries too |
+| measured on CUDA (`measure`) | torch's caching allocator, allocated and reserved | scratch; then what it keeps |
+
+At the moment of the peak, usually early in the backward pass, few gradients of parameters are there yet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+import psutil
+import torch
+from monai.losses import DiceCELoss
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from srlib.baselines import Padded, build, with_checkpoints
+
+GIB = 2**30
+PARTS = ("weights", "gradients", "optimizer", "activations", "temporary", "input")
+# Names of torch's memory tracker for what these parts hold.
+TRACKED = {
+    "Parameter": "weights",
+    "Buffer": "weights",
+    "Gradient": "gradients",
+    "Optstate": "optimizer",
+    "Activation": "activations",
+    "Temp": "temporary",
+    "Other": "input",
+}
+loss_function = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training step of one network: forward, loss (Dice and cross-entropy), backward, Adam.
+
+    Attributes:
+        peer: name in `srlib.baselines.PEERS`.
+        size: voxels along each edge of the image.
+        in_channels, out_channels: modalities and classes; the defaults are BTCV's.
+        batch_size: images in a step.
+        precision: `fp32`, or `bf16` under autocast.
+        checkpointing: keep only the inputs of the network's blocks and compute the rest again.
+    """
+
+    peer: str
+    size: int = 128
+    in_channels: int = 1
+    out_channels: int = 14
+    batch_size: int = 1
+    precision: str = "fp32"
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+
+    def network(self) -> nn.Module:
+        """The network with random weights."""
+        network = build(self.peer, self.in_channels, self.out_channels, self.size)
+        return with_checkpoints(network) if self.checkpointing else network
+
+    def batch(self, device: str) -> tuple[Tensor, Tensor]:
+        """A random image (B, C_in, D, H, W) and label (B, 1, D, H, W)."""
+        shape = (self.batch_size, 1, *(self.size,) * 3)
+        image = torch.randn(self.batch_size, self.in_channels, *shape[2:], device=device)
+        return image, torch.randint(self.out_channels, shape, device=device)
+
+    def autocast(self, device: str) -> AbstractContextManager:
+        """The context of forward pass and loss."""
+        return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+class _RealRanges(TorchFunctionMode):
+    """Ranges of numbers stay real where all else is fake: MONAI reads the values of some."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func not in (torch.arange, torch.linspace):
+            return func(*args, **(kwargs or {}))
+        with unset_fake_temporarily():
+            return func(*args, **{**(kwargs or {}), "device": "cpu"})
+
+
+class _Tracker(MemTracker):
+    """torch's memory tracker without a peak for each module, which would take three quarters of the time."""
+
+    def _update_peak_stats(self, _state: Any) -> None:
+        for device, now in self._curr_mem_snap.items():
+            if now["Total"] > self._peak_mem.get(device, 0):
+                self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
+
+    def parts(self, moment: str = "current") -> dict[str, float]:
+        """GiB of each part now, or at the `peak`."""
+        found = dict.fromkeys(PARTS, 0.0)
+        for snapshot in self.get_tracker_snapshot(moment).values():
+            for name, size in snapshot.items():
+                if name != "Total":
+                    found[TRACKED[name]] += size / GIB
+        return found
+
+
+@dataclass(frozen=True)
+class Count:
+    """What `count` found.
+
+    Attributes:
+        totals: `parameters`, `trained` (those that receive a gradient), `gmacs` of a forward pass, `step_gmacs` of
+            forward and backward, `kept` (activations after the network, its logits included), `kept_by_loss`
+            (what the loss adds to them), the parts at the peak, and their sum `peak`; memory in GiB.
+        operators: GMACs of the forward pass by operator.
+        stages: `stage`, `parameters`, `gmacs`, `kept` of the forward pass, a row for each of the network's parts.
+    """
+
+    totals: dict[str, float]
+    operators: dict[str, float]
+    stages: pd.DataFrame
+
+
+def count(work: Workload) -> Count:
+    """Count a training step without running it, in seconds, whatever the size.
+
+    Adam's moments are there from the start, as in all steps but the first. Operators choose what they keep as on
+    the CPU.
+    """
+    with torch.device("meta"), _RealRanges():
+        network = work.network()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _to_fake(network)
+        image, label = work.batch("cpu")
+        adam = torch.optim.Adam(network.parameters(), fused=True)
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        adam.step()
+        adam.zero_grad()
+        tracker, flops = _Tracker(), FlopCounterMode(display=False)
+        tracker.track_external(network, adam, image, label)
+        stages = _Stages(network, tracker)
+        with tracker, flops:
+            with work.autocast("cpu"):
+                logits = network(image)
+                gmacs = {k: dict(v) for k, v in flops.get_flop_counts().items()}
+                kept = tracker.parts()["activations"]
+                with _RealRanges():
+                    loss = loss_function(logits, label)
+            del logits
+            kept_by_loss = tracker.parts()["activations"] - kept
+            loss.backward()
+            adam.step()
+    peak = tracker.parts("peak")
+    trained = sum(p.numel() for p in network.parameters() if p.grad is not None)
+    totals = {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "trained": trained,
+        "gmacs": sum(gmacs["Global"].values()) / 2e9,
+        "step_gmacs": flops.get_total_flops() / 2e9,
+        "kept": kept,
+        "kept_by_loss": kept_by_loss,
+        **peak,
+        "peak": sum(peak.values()),
+    }
+    operators = {str(k).split(".")[-1]: v / 2e9 for k, v in gmacs["Global"].items()}
+    return Count(totals, operators, stages.table(gmacs))
+
+
+def _to_fake(network: nn.Module) -> None:
+    """Give a network on the meta device fake tensors that claim to be on the CPU, in place."""
+    for module in network.modules():  # each once, also where a network holds it under two names
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+
+
+class _Stages:
+    """Parameters, arithmetic and kept activations of a network's children, by hooks on them."""
+
+    def __init__(self, network: nn.Module, tracker: _Tracker) -> None:
+        prefix, inner = (
+            ("network.", network.network) if isinstance(network, Padded) else ("", network)
+        )
+        self.root, self.tracker = type(network).__name__, tracker
+        self.modules = {prefix + name: module for name, module in _children(inner)}
+        self.kept: dict[str, float] = {}
+        for name, module in self.modules.items():
+            module.register_forward_pre_hook(lambda *_, name=name: self._note(name, -1))
+            module.register_forward_hook(lambda *_, name=name: self._note(name, 1))
+
+    def _note(self, name: str, sign: int) -> None:
+        self.kept[name] = self.kept.get(name, 0.0) + sign * self.tracker.parts()["activations"]
+
+    def table(self, flops: dict[str, dict]) -> pd.DataFrame:
+        """A row for each child."""
+        rows = [
+            {
+                "stage": name.removeprefix("network."),
+                "parameters": sum(p.numel() for p in module.parameters()),
+                "gmacs": sum(flops.get(f"{self.root}.{name}", {}).values()) / 2e9,
+                "kept": self.kept.get(name, 0.0),
+            }
+            for name, module in self.modules.items()
+        ]
+        return pd.DataFrame(rows)
+
+
+def _children(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a network's `forward` calls: its children, those of lists instead of the list."""
+    for name, child in network.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{k}", module) for k, module in enumerate(child))
+        else:
+            yield name, child
+
+
+def measure(
+    work: Workload,
+    device: str = "cpu",
+    steps: int = 3,
+    report: Callable[[str], None] = lambda phase: None,
+) -> dict[str, float]:
+    """Run training steps and inferences on a device, in this process, and measure them.
+
+    Args:
+        work: what to run.
+        device: `cpu` or `cuda`.
+        steps: of either kind that are timed, after one that warms up; the median counts.
+        report: is told the phase that begins.
+
+    Returns:
+        `step_s` and `inference_s`; in GiB `weights`, `optimizer`, `input`, `gradients` (once all are there),
+        `activations` after forward pass and loss, `temporary` (the peak without the others that are there then),
+        the peak of all that is allocated `allocated`, and what the process took from the system more than
+        before: `resident` on the CPU, `reserved` on CUDA.
+    """
+    report("building")
+    with _process_memory(device) as process:
+        network = work.network().to(device)
+        adam = torch.optim.Adam(network.parameters(), fused=True)
+        image, label = work.batch(device)
+
+        def forward() -> Tensor:
+            with work.autocast(device):
+                return loss_function(network(image), label)
+
+        def step() -> None:
+            adam.zero_grad()
+            forward().backward()
+            adam.step()
+
+        report("first step")
+        step()
+        gradients = _gib(p.grad for p in network.parameters() if p.grad is not None)
+        adam.zero_grad()
+        report("measured forward pass")
+        with _allocations(device) as ahead:
+            loss = forward()
+        report("measured backward pass")
+        with _allocations(device) as back:
+            loss.backward()
+            adam.step()
+        report("timed steps")
+        seconds = _median_seconds(step, device, steps)
+        network.eval()
+        report("timed inference")
+        with torch.inference_mode(), work.autocast(device):
+            inference = _median_seconds(lambda: network(image), device, steps)
+    parts = {
+        "weights": _gib([*network.parameters(), *network.buffers()]),
+        "optimizer": _gib(t for state in adam.state.values() for t in state.values()),
+        "input": _gib([image, label]),
+        "activations": ahead["end"],
+    }
+    resident = parts["weights"] + parts["optimizer"] + parts["input"]
+    allocated = resident + max(ahead["peak"], ahead["end"] + back["peak"])
+    return {
+        "step_s": seconds,
+        "inference_s": inference,
+        **parts,
+        "gradients": gradients,
+        "temporary": allocated - sum(parts.values()),
+        "allocated": allocated,
+        **process,
+    }
+
+
+def _gib(tensors: Iterable[Tensor]) -> float:
+    return sum(t.untyped_storage().nbytes() for t in tensors) / GIB
+
+
+def _median_seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:])
+
+
+@contextmanager
+def _allocations(device: str) -> Iterator[dict[str, float]]:
+    """Fills in GiB allocated more than before: the `peak` meanwhile and what is left at the `end`."""
+    found: dict[str, float] = {}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield found
+        found["end"] = (torch.cuda.memory_allocated() - before) / GIB
+        found["peak"] = (torch.cuda.max_memory_allocated() - before) / GIB
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield found
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    totals = [0, *accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))]
+    found["end"], found["peak"] = totals[-1] / GIB, max(totals) / GIB
+
+
+@contextmanager
+def _process_memory(device: str) -> Iterator[dict[str, float]]:
+    """Fills in GiB that the process takes meanwhile: `reserved` on CUDA, else `resident`, sampled each 2 ms."""
+    found: dict[str, float] = {}
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        yield found
+        found["reserved"] = (torch.cuda.max_memory_reserved() - before) / GIB
+        return
+    process, done = psutil.Process(), threading.Event()
+    samples = [process.memory_info().rss]
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            samples.append(process.memory_info().rss)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+    found["resident"] = (max(samples) - samples[0]) / GIB
+
+
+def measure_apart(
+    work: Workload, device: str = "cpu", steps: int = 3, limit: float | None = None
+) -> dict[str, Any]:
+    """`measure` in a fresh process, so that no network finds what another left, and a failure ends only that.
+
+    Args:
+        work, device, steps: as in `measure`.
+        limit: GiB of memory that the process may take for data, where the system enforces it (Linux), so that a
+            network which does not fit fails instead of driving the machine into its swap.
+
+    Returns:
+        What `measure` does or, when it failed, `failed`: how far it got and why.
+    """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(work, device, steps, limit, sender))
+    with patch.dict(os.environ, {"KINETO_LOG_LEVEL": "99"}):  # torch's profiler says that it starts
+        process.start()
+    sender.close()
+    phase, result = "starting", None
+    while True:
+        try:
+            message = receiver.recv()
+        except EOFError:  # the child has ended
+            break
+        if isinstance(message, str):
+            phase = message
+        else:
+            result = message
+    process.join()
+    return result or {"failed": f"{phase}: killed with exit code {process.exitcode}"}
+
+
+def _child(
+    work: Workload, device: str, steps: int, limit: float | None, sender: Connection
+) -> None:
+    """What the fresh process of `measure_apart` does."""
+    if limit is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (int(limit * GIB),) * 2)
+    phases = ["starting"]
+
+    def report(phase: str) -> None:
+        phases.append(phase)
+        sender.send(phase)
+
+    try:
+        sender.send(measure(work, device, steps, report))
+    except (RuntimeError, MemoryError) as error:  # torch's way to say that memory is short
+        sender.send({"failed": f"{phases[-1]}: {str(error).splitlines()[0]}"})
+
+
+def published(table: str) -> pd.DataFrame:
+    """A table of the paper as printed, indexed by the systems' names; `srlib/published.json` has the source."""
+    tables = json.loads(Path(__file__).with_name("published.json").read_text())
+    return pd.DataFrame.from_dict(
+        tables[table]["rows"], orient="index", columns=tables[table]["columns"]
+    )

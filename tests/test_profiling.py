@@ -1,0 +1,134 @@
+"""Counted costs, held against other ways to find them: saved tensors, formulas, real runs."""
+
+import sys
+from itertools import pairwise
+from math import prod
+
+import pytest
+import torch
+from torch import nn
+
+from srlib.profiling import PARTS, Workload, count, loss_function, measure, measure_apart, published
+
+SMALL = Workload("unet", size=32, out_channels=4)  # four: the CPU pads channels to a multiple
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return count(SMALL)
+
+
+def test_kept_activations_are_what_autograd_saves(counted):
+    """The same from a real forward pass: saved tensors, each storage once, without the weights."""
+    network, (image, label) = SMALL.network(), SMALL.batch("cpu")
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    def kept():
+        weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+        given = {t.untyped_storage().data_ptr() for t in (image, label)}
+        return sum(s.nbytes() for at, s in storages.items() if at not in weights | given) / 2**30
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = network(image)
+        before = kept()
+        loss_function(logits, label)
+    totals = counted.totals
+    logits_gib = logits.untyped_storage().nbytes() / 2**30
+    assert totals["kept"] == pytest.approx(before + logits_gib, rel=0.01)
+    assert totals["kept"] + totals["kept_by_loss"] == pytest.approx(kept(), rel=0.01)
+
+
+def test_macs_are_those_of_the_convolutions(counted):
+    """Multiplications of a convolution: output voxels x inputs x kernel; of a transposed one, input voxels."""
+    network, macs = SMALL.network(), []
+
+    def note(module, inputs, output):
+        transposed = isinstance(module, nn.ConvTranspose3d)
+        voxels = prod((inputs[0] if transposed else output).shape[2:])
+        macs.append(voxels * module.weight.numel())
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        network(SMALL.batch("cpu")[0])
+    assert counted.totals["gmacs"] == pytest.approx(sum(macs) / 1e9, rel=1e-9)
+
+
+def test_a_selective_scan_is_counted_by_its_formula():
+    operators = count(Workload("segresmamba", size=64)).operators
+    tokens = [(32 >> s) ** 3 for s in range(5)]  # of the stages, and of the last one's inner layer
+    channels = [96 << s for s in range(4)]  # inner width of the ToM layers
+    steps = sum(
+        e * (outer + inner) for e, (outer, inner) in zip(channels, pairwise(tokens), strict=True)
+    )
+    flops = 3 * steps * (7 * 16 + 3)  # three orders, 16 states
+    assert operators["selective_scan"] == pytest.approx(flops / 2e9)
+
+
+def test_parts_add_up(counted):
+    totals = counted.totals
+    assert totals["peak"] == pytest.approx(sum(totals[part] for part in PARTS))
+    assert totals["weights"] == pytest.approx(4 * totals["parameters"] / 2**30, rel=0.01)
+    assert totals["optimizer"] == pytest.approx(2 * totals["weights"], rel=0.01)
+    assert totals["trained"] == totals["parameters"]
+
+
+def test_parameters_that_no_gradient_reaches_are_found():
+    totals = count(Workload("unetr", size=32)).totals
+    assert totals["parameters"] - totals["trained"] == 18_432
+
+
+def test_stages_add_up():
+    work = Workload("segresmamba_released", size=64)
+    found = count(work)
+    assert found.stages["parameters"].sum() == found.totals["parameters"]
+    assert found.stages["gmacs"].sum() == pytest.approx(found.totals["gmacs"])
+    assert found.stages["kept"].sum() == pytest.approx(found.totals["kept"], rel=0.1)
+
+
+def test_bf16_and_checkpoints_keep_less():
+    full = count(Workload("nnunet", size=64)).totals
+    half = count(Workload("nnunet", size=64, precision="bf16")).totals
+    again = count(Workload("nnunet", size=64, checkpointing=True)).totals
+    assert half["kept"] < 0.7 * full["kept"]
+    assert again["kept"] < 0.5 * full["kept"]
+    assert again["gmacs"] == full["gmacs"]
+    assert again["step_gmacs"] > 1.2 * full["step_gmacs"]
+
+
+def test_measured_memory_is_the_counted_and_what_operators_use_inside(counted):
+    measured, totals = measure(SMALL, steps=1), counted.totals
+    for part in ("weights", "optimizer", "input"):
+        assert measured[part] == pytest.approx(totals[part], rel=0.01), part
+    kept = totals["kept"] + totals["kept_by_loss"]
+    assert measured["activations"] == pytest.approx(kept, rel=0.05)
+    assert measured["allocated"] >= 0.99 * totals["peak"]
+    assert measured["step_s"] > measured["inference_s"] > 0
+    assert measured["resident"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces a limit on data")
+def test_what_does_not_fit_says_how_far_it_got():
+    result = measure_apart(Workload("unet", size=128), limit=1.0)
+    assert list(result) == ["failed"]
+    assert result["failed"].startswith("first step: ")
+    assert "memory" in result["failed"]
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="fp32 or bf16, got 'fp8'"):
+        Workload("unet", precision="fp8")
+
+
+def test_published_tables_have_the_printed_values():
+    assert published("table7_size_btcv").loc["SegResMamba"].to_dict() == {
+        "params_m": 119.98,
+        "flops_g": 188.42,
+    }
+    assert published("table8_training_memory_gb").loc["UNETR", "spleen_96"] == 0.14
