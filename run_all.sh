@@ -63,7 +63,8 @@ make_venv() {
     return 1
   fi
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$lock"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -e "$root"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    -r "$root/requirements-nodeps.lock" -e "$root"
   cp "$lock" "$venv/requirements.lock" # last: says that .venv is complete, and of which lock
   echo "run_all.sh: .venv is ready after ${SECONDS} s"
 }

@@ -132,7 +132,7 @@ def test_run_all_makes_the_environment_from_the_lock_once(bare_machine):
     install = "-m pip install --quiet --disable-pip-version-check"
     assert calls == [
         f"{install} -r {root}/requirements.lock",
-        f"{install} --no-deps -e {root}",
+        f"{install} --no-deps -r {root}/requirements-nodeps.lock -e {root}",
         "-m srlib collection --profile smoke",
     ]
     assert "making .venv" in output

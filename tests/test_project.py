@@ -57,7 +57,7 @@ def test_lock_holds_an_exact_version_in_range_of_every_dependency():
             assert specifier.operator == "==", line
             pins.setdefault(canonicalize_name(pin.name), []).append(specifier.version)
     assert pins["torch"] == ["2.13.0"]
-    for name, requirement in requirements("dev", "peers").items():
+    for name, requirement in requirements("dev", "measure").items():
         assert name in pins, f"no lock holds {name}"
         for version in pins[name]:
             assert version in requirement.specifier, f"{name} {version}"
