@@ -19,7 +19,7 @@ not counted. Memory is in GiB (2^30 bytes) and has these parts:
 | measured on the CPU (`measure`) | torch's allocator; the process's resident memory | scratch; then libraries too |
 | measured on CUDA (`measure`) | torch's caching allocator, allocated and reserved | scratch; then what it keeps |
 
-At the moment of the peak, usually early in the backward pass, few gradients of parameters are there yet.
+At the peak, usually early in the backward pass, few gradients of parameters are there yet.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,7 +53,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from srlib.baselines import Padded, build, with_checkpoints
 
 GIB = 2**30
-PARTS = ("weights", "gradients", "optimizer", "activations", "temporary", "input")
 # Names of torch's memory tracker for what these parts hold.
 TRACKED = {
     "Parameter": "weights",
@@ -64,6 +63,7 @@ TRACKED = {
     "Temp": "temporary",
     "Other": "input",
 }
+PARTS = tuple(dict.fromkeys(TRACKED.values()))
 loss_function = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
 
 
@@ -156,8 +156,7 @@ class Count:
 def count(work: Workload) -> Count:
     """Count a training step without running it, in seconds, whatever the size.
 
-    Adam's moments are there from the start, as in all steps but the first. Operators choose what they keep as on
-    the CPU.
+    Adam's moments are there from the start, as in all steps but the first. Operators keep what they keep on the CPU.
     """
     with torch.device("meta"), _RealRanges():
         network = work.network()
@@ -184,18 +183,16 @@ def count(work: Workload) -> Count:
             loss.backward()
             adam.step()
     peak = tracker.parts("peak")
-    trained = sum(p.numel() for p in network.parameters() if p.grad is not None)
+    operators = {str(k).split(".")[-1]: v / 2e9 for k, v in gmacs["Global"].items()}
     totals = {
         "parameters": sum(p.numel() for p in network.parameters()),
-        "trained": trained,
-        "gmacs": sum(gmacs["Global"].values()) / 2e9,
+        "trained": sum(p.numel() for p in network.parameters() if p.grad is not None),
+        "gmacs": sum(operators.values()),
         "step_gmacs": flops.get_total_flops() / 2e9,
         "kept": kept,
         "kept_by_loss": kept_by_loss,
-        **peak,
-        "peak": sum(peak.values()),
     }
-    operators = {str(k).split(".")[-1]: v / 2e9 for k, v in gmacs["Global"].items()}
+    totals |= {**peak, "peak": sum(peak.values())}
     return Count(totals, operators, stages.table(gmacs))
 
 
@@ -209,50 +206,34 @@ def _to_fake(network: nn.Module) -> None:
 
 
 class _Stages:
-    """Parameters, arithmetic and kept activations of a network's children, by hooks on them."""
+    """Parameters, arithmetic and kept activations of the modules that a network's `forward` calls, by hooks."""
 
     def __init__(self, network: nn.Module, tracker: _Tracker) -> None:
-        prefix, inner = (
-            ("network.", network.network) if isinstance(network, Padded) else ("", network)
-        )
+        inner = network.network if isinstance(network, Padded) else network
+        lists = (c if isinstance(c, nn.ModuleList) else [c] for c in inner.children())
+        called = set(chain.from_iterable(lists))
+        self.modules = {name: m for name, m in network.named_modules() if m in called}
         self.root, self.tracker = type(network).__name__, tracker
-        self.modules = {prefix + name: module for name, module in _children(inner)}
-        self.kept: dict[str, float] = {}
+        self.kept = dict.fromkeys(self.modules, 0.0)
         for name, module in self.modules.items():
             module.register_forward_pre_hook(lambda *_, name=name: self._note(name, -1))
             module.register_forward_hook(lambda *_, name=name: self._note(name, 1))
 
     def _note(self, name: str, sign: int) -> None:
-        self.kept[name] = self.kept.get(name, 0.0) + sign * self.tracker.parts()["activations"]
+        self.kept[name] += sign * self.tracker.parts()["activations"]
 
     def table(self, flops: dict[str, dict]) -> pd.DataFrame:
-        """A row for each child."""
-        rows = [
-            {
-                "stage": name.removeprefix("network."),
-                "parameters": sum(p.numel() for p in module.parameters()),
-                "gmacs": sum(flops.get(f"{self.root}.{name}", {}).values()) / 2e9,
-                "kept": self.kept.get(name, 0.0),
-            }
-            for name, module in self.modules.items()
-        ]
-        return pd.DataFrame(rows)
-
-
-def _children(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that a network's `forward` calls: its children, those of lists instead of the list."""
-    for name, child in network.named_children():
-        if isinstance(child, nn.ModuleList):
-            yield from ((f"{name}.{k}", module) for k, module in enumerate(child))
-        else:
-            yield name, child
+        """A row for each module."""
+        rows = []
+        for name, module in self.modules.items():
+            parameters = sum(p.numel() for p in module.parameters())
+            gmacs = sum(flops.get(f"{self.root}.{name}", {}).values()) / 2e9
+            rows.append((name.removeprefix("network."), parameters, gmacs, self.kept[name]))
+        return pd.DataFrame(rows, columns=["stage", "parameters", "gmacs", "kept"])
 
 
 def measure(
-    work: Workload,
-    device: str = "cpu",
-    steps: int = 3,
-    report: Callable[[str], None] = lambda phase: None,
+    work: Workload, device: str = "cpu", steps: int = 3, report: Callable = lambda phase: None
 ) -> dict[str, float]:
     """Run training steps and inferences on a device, in this process, and measure them.
 
@@ -263,10 +244,9 @@ def measure(
         report: is told the phase that begins.
 
     Returns:
-        `step_s` and `inference_s`; in GiB `weights`, `optimizer`, `input`, `gradients` (once all are there),
-        `activations` after forward pass and loss, `temporary` (the peak without the others that are there then),
-        the peak of all that is allocated `allocated`, and what the process took from the system more than
-        before: `resident` on the CPU, `reserved` on CUDA.
+        `step_s` and `inference_s`; in GiB `weights`, `optimizer`, `input`, `activations` after forward pass and
+        loss, `rest` (what else is there at the peak: gradients, temporary), the peak `allocated`, and what the
+        process took from the system more than before: `resident` on the CPU, `reserved` on CUDA.
     """
     report("building")
     with _process_memory(device) as process:
@@ -285,7 +265,6 @@ def measure(
 
         report("first step")
         step()
-        gradients = _gib(p.grad for p in network.parameters() if p.grad is not None)
         adam.zero_grad()
         report("measured forward pass")
         with _allocations(device) as ahead:
@@ -308,15 +287,9 @@ def measure(
     }
     resident = parts["weights"] + parts["optimizer"] + parts["input"]
     allocated = resident + max(ahead["peak"], ahead["end"] + back["peak"])
-    return {
-        "step_s": seconds,
-        "inference_s": inference,
-        **parts,
-        "gradients": gradients,
-        "temporary": allocated - sum(parts.values()),
-        "allocated": allocated,
-        **process,
-    }
+    times = {"step_s": seconds, "inference_s": inference}
+    peak = {"rest": allocated - sum(parts.values()), "allocated": allocated}
+    return times | parts | peak | process
 
 
 def _gib(tensors: Iterable[Tensor]) -> float:
@@ -399,17 +372,14 @@ def measure_apart(
         process.start()
     sender.close()
     phase, result = "starting", None
-    while True:
-        try:
+    with suppress(EOFError):  # raised when the child has ended
+        while True:
             message = receiver.recv()
-        except EOFError:  # the child has ended
-            break
-        if isinstance(message, str):
-            phase = message
-        else:
-            result = message
+            phase, result = (message, None) if isinstance(message, str) else (phase, message)
     process.join()
-    return result or {"failed": f"{phase}: killed with exit code {process.exitcode}"}
+    if result is None:
+        result = {"failed": f"killed with exit code {process.exitcode}"}
+    return {"failed": f"{phase}: {result['failed']}"} if "failed" in result else result
 
 
 def _child(
@@ -420,21 +390,13 @@ def _child(
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (int(limit * GIB),) * 2)
-    phases = ["starting"]
-
-    def report(phase: str) -> None:
-        phases.append(phase)
-        sender.send(phase)
-
     try:
-        sender.send(measure(work, device, steps, report))
+        sender.send(measure(work, device, steps, sender.send))
     except (RuntimeError, MemoryError) as error:  # torch's way to say that memory is short
-        sender.send({"failed": f"{phases[-1]}: {str(error).splitlines()[0]}"})
+        sender.send({"failed": str(error).splitlines()[0]})
 
 
 def published(table: str) -> pd.DataFrame:
     """A table of the paper as printed, indexed by the systems' names; `srlib/published.json` has the source."""
-    tables = json.loads(Path(__file__).with_name("published.json").read_text())
-    return pd.DataFrame.from_dict(
-        tables[table]["rows"], orient="index", columns=tables[table]["columns"]
-    )
+    found = json.loads(Path(__file__).with_name("published.json").read_text())[table]
+    return pd.DataFrame.from_dict(found["rows"], orient="index", columns=found["columns"])
