@@ -69,13 +69,12 @@ loss_function = DiceCELoss(to_onehot_y=True, softmax=True, include_background=Fa
 
 @dataclass(frozen=True)
 class Workload:
-    """One training step of one network: forward, loss (Dice and cross-entropy), backward, Adam.
+    """A training step with one image: forward, loss (Dice and cross-entropy), backward, Adam.
 
     Attributes:
         peer: name in `srlib.baselines.PEERS`.
         size: voxels along each edge of the image.
         in_channels, out_channels: modalities and classes; the defaults are BTCV's.
-        batch_size: images in a step.
         precision: `fp32`, or `bf16` under autocast.
         checkpointing: keep only the inputs of the network's blocks and compute the rest again.
     """
@@ -84,7 +83,6 @@ class Workload:
     size: int = 128
     in_channels: int = 1
     out_channels: int = 14
-    batch_size: int = 1
     precision: str = "fp32"
     checkpointing: bool = False
 
@@ -98,10 +96,10 @@ class Workload:
         return with_checkpoints(network) if self.checkpointing else network
 
     def batch(self, device: str) -> tuple[Tensor, Tensor]:
-        """A random image (B, C_in, D, H, W) and label (B, 1, D, H, W)."""
-        shape = (self.batch_size, 1, *(self.size,) * 3)
-        image = torch.randn(self.batch_size, self.in_channels, *shape[2:], device=device)
-        return image, torch.randint(self.out_channels, shape, device=device)
+        """A random image (1, C_in, D, H, W) and label (1, 1, D, H, W)."""
+        cube = (self.size,) * 3
+        image = torch.randn(1, self.in_channels, *cube, device=device)
+        return image, torch.randint(self.out_channels, (1, 1, *cube), device=device)
 
     def autocast(self, device: str) -> AbstractContextManager:
         """The context of forward pass and loss."""
