@@ -292,7 +292,7 @@ def tiles(
     extent = np.array(np.shape(items[0].image)) * spacing
     sides = [np.delete(extent, PLANES[item.plane]) for item in items]
     size = (7.3 / columns - 0.55 * ruled) * max(up / across for across, up in sides)
-    height = rows * (size + 0.25 + 0.5 * ruled) + 0.5
+    height = rows * (size + 0.25 + 0.65 * ruled) + 0.5
     figure, axes = subplots(rows, columns, height=height, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
