@@ -13,12 +13,9 @@ not counted. Memory is in GiB (2^30 bytes) and has these parts:
 | temporary | the backward pass's own tensors, gradients of activations among them |
 | input | image and label |
 
-| memory is | by | includes |
-|---|---|---|
-| counted (`count`) | fake tensors that have a shape and no data | every tensor; no scratch inside an operator |
-| measured on the CPU (`measure`) | torch's allocator; the process's resident memory | scratch; then libraries too |
-| measured on CUDA (`measure`) | torch's caching allocator, allocated and reserved | scratch; then what it keeps |
-
+It is *counted* (`count`) with fake tensors: every tensor, without the scratch inside an operator. It is *measured*
+(`measure`) on the CPU by torch's allocator, scratch included, and as the process's resident memory; on CUDA by
+torch's caching allocator, as what is allocated, scratch included, and what is reserved.
 At the peak, usually early in the backward pass, few gradients of parameters are there yet.
 """
 
@@ -47,7 +44,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.overrides import TorchFunctionMode
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from srlib.baselines import Padded, build, with_checkpoints
@@ -116,11 +113,30 @@ class _RealRanges(TorchFunctionMode):
             return func(*args, **{**(kwargs or {}), "device": "cpu"})
 
 
+@contextmanager
+def fake(work: Workload) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+    """A context with a workload's network, image and label of tensors without data that claim to be on the CPU."""
+    with torch.device("meta"), _RealRanges():
+        network = work.network()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in network.modules():  # each once, also where a network holds it under two names
+            for name, weight in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty_like(weight, device="cpu")))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+        yield network, *work.batch("cpu")
+
+
 class _Tracker(MemTracker):
     """torch's memory tracker without a peak for each module, which would take three quarters of the time."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.timeline: list[float] = []
+
     def _update_peak_stats(self, _state: Any) -> None:
         for device, now in self._curr_mem_snap.items():
+            self.timeline.append(now["Total"] / GIB)
             if now["Total"] > self._peak_mem.get(device, 0):
                 self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
 
@@ -128,9 +144,8 @@ class _Tracker(MemTracker):
         """GiB of each part now, or at the `peak`."""
         found = dict.fromkeys(PARTS, 0.0)
         for snapshot in self.get_tracker_snapshot(moment).values():
-            for name, size in snapshot.items():
-                if name != "Total":
-                    found[TRACKED[name]] += size / GIB
+            for name, part in TRACKED.items():
+                found[part] += snapshot[name] / GIB
         return found
 
 
@@ -144,11 +159,13 @@ class Count:
             (what the loss adds to them), the parts at the peak, and their sum `peak`; memory in GiB.
         operators: GMACs of the forward pass by operator.
         stages: `stage`, `parameters`, `gmacs`, `kept` of the forward pass, a row for each of the network's parts.
+        timeline: GiB in use after each operator of the step.
     """
 
     totals: dict[str, float]
     operators: dict[str, float]
     stages: pd.DataFrame
+    timeline: list[float]
 
 
 def count(work: Workload) -> Count:
@@ -156,11 +173,7 @@ def count(work: Workload) -> Count:
 
     Adam's moments are there from the start, as in all steps but the first. Operators keep what they keep on the CPU.
     """
-    with torch.device("meta"), _RealRanges():
-        network = work.network()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _to_fake(network)
-        image, label = work.batch("cpu")
+    with fake(work) as (network, image, label):
         adam = torch.optim.Adam(network.parameters(), fused=True)
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -191,16 +204,7 @@ def count(work: Workload) -> Count:
         "kept_by_loss": kept_by_loss,
     }
     totals |= {**peak, "peak": sum(peak.values())}
-    return Count(totals, operators, stages.table(gmacs))
-
-
-def _to_fake(network: nn.Module) -> None:
-    """Give a network on the meta device fake tensors that claim to be on the CPU, in place."""
-    for module in network.modules():  # each once, also where a network holds it under two names
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+    return Count(totals, operators, stages.table(gmacs), tracker.timeline)
 
 
 class _Stages:
@@ -242,9 +246,9 @@ def measure(
         report: is told the phase that begins.
 
     Returns:
-        `step_s` and `inference_s`; in GiB `weights`, `optimizer`, `input`, `activations` after forward pass and
-        loss, `rest` (what else is there at the peak: gradients, temporary), the peak `allocated`, and what the
-        process took from the system more than before: `resident` on the CPU, `reserved` on CUDA.
+        `step_s`, `inference_s`; in GiB `weights`, `optimizer`, `input`, `activations` after the loss, `rest` (what
+        else there is at the peak: gradients, temporary), the peak `allocated`, and what the process took from the
+        system meanwhile: `resident` on the CPU, `reserved` on CUDA.
     """
     report("building")
     with _process_memory(device) as process:
@@ -264,10 +268,9 @@ def measure(
         report("first step")
         step()
         adam.zero_grad()
-        report("measured forward pass")
+        report("measured step")
         with _allocations(device) as ahead:
             loss = forward()
-        report("measured backward pass")
         with _allocations(device) as back:
             loss.backward()
             adam.step()
@@ -283,8 +286,7 @@ def measure(
         "input": _gib([image, label]),
         "activations": ahead["end"],
     }
-    resident = parts["weights"] + parts["optimizer"] + parts["input"]
-    allocated = resident + max(ahead["peak"], ahead["end"] + back["peak"])
+    allocated = sum(parts.values()) + max(ahead["peak"] - ahead["end"], back["peak"])
     times = {"step_s": seconds, "inference_s": inference}
     peak = {"rest": allocated - sum(parts.values()), "allocated": allocated}
     return times | parts | peak | process
@@ -316,7 +318,7 @@ def _allocations(device: str) -> Iterator[dict[str, float]]:
         found["end"] = (torch.cuda.memory_allocated() - before) / GIB
         found["peak"] = (torch.cuda.max_memory_allocated() - before) / GIB
         return
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(profile_memory=True) as profiler:
         yield found
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     totals = [0, *accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))]
@@ -328,10 +330,8 @@ def _process_memory(device: str) -> Iterator[dict[str, float]]:
     """Fills in GiB that the process takes meanwhile: `reserved` on CUDA, else `resident`, sampled each 2 ms."""
     found: dict[str, float] = {}
     if device == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
         yield found
-        found["reserved"] = (torch.cuda.max_memory_reserved() - before) / GIB
+        found["reserved"] = torch.cuda.max_memory_reserved() / GIB
         return
     process, done = psutil.Process(), threading.Event()
     samples = [process.memory_info().rss]
@@ -340,13 +340,11 @@ def _process_memory(device: str) -> Iterator[dict[str, float]]:
         while not done.wait(0.002):
             samples.append(process.memory_info().rss)
 
-    thread = threading.Thread(target=sample)
-    thread.start()
+    threading.Thread(target=sample, daemon=True).start()
     try:
         yield found
     finally:
         done.set()
-        thread.join()
     found["resident"] = (max(samples) - samples[0]) / GIB
 
 
@@ -357,8 +355,8 @@ def measure_apart(
 
     Args:
         work, device, steps: as in `measure`.
-        limit: GiB of memory that the process may take for data, where the system enforces it (Linux), so that a
-            network which does not fit fails instead of driving the machine into its swap.
+        limit: GiB that the process may take for data, where the system enforces it (Linux), so that a network
+            which does not fit fails instead of driving the machine into its swap.
 
     Returns:
         What `measure` does or, when it failed, `failed`: how far it got and why.
@@ -385,7 +383,7 @@ def _child(
 ) -> None:
     """What the fresh process of `measure_apart` does."""
     if limit is not None:
-        import resource
+        import resource  # not on Windows
 
         resource.setrlimit(resource.RLIMIT_DATA, (int(limit * GIB),) * 2)
     try:
