@@ -124,7 +124,7 @@ def test_each_figure_is_readable(name, record, displayed, monkeypatch):
 
 
 def test_show_writes_the_same_files_twice(record, displayed, tmp_path):
-    folder = tmp_path / "smoke" / "mni152" / "figures"
+    folder = tmp_path / "smoke" / "mni152-seed-7" / "figures"
     written = []
     for _ in range(2):
         record.show(draw_signals(), "curves", alt="two curves")
@@ -155,7 +155,7 @@ def test_stamp_says_what_it_was_computed_with(record):
 def test_table_is_stamped_and_read_back(record, displayed, tmp_path):
     table = metrics_table()
     record.table(table, "metrics", digits=1)
-    file = tmp_path / "smoke" / "mni152" / "tables" / "metrics.csv"
+    file = tmp_path / "smoke" / "mni152-seed-7" / "tables" / "metrics.csv"
     assert file.read_text().splitlines()[0] == f"# {record.stamp()}"
     pd.testing.assert_frame_equal(pd.read_csv(file, comment="#"), table, rtol=1e-5)
     (bundle, _), *rest = displayed
