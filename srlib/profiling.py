@@ -61,6 +61,7 @@ TRACKED = {
     "Other": "input",
 }
 PARTS = tuple(dict.fromkeys(TRACKED.values()))
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 loss_function = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
 
 
@@ -361,7 +362,8 @@ def measure_apart(
     Returns:
         What `measure` does or, when it failed, `failed`: how far it got and why.
     """
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # one import of torch serves all fresh processes
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(work, device, steps, limit, sender))
     with patch.dict(os.environ, {"KINETO_LOG_LEVEL": "99"}):  # torch's profiler says that it starts
@@ -383,16 +385,16 @@ def _child(
 ) -> None:
     """What the fresh process of `measure_apart` does."""
     if limit is not None:
-        import resource  # not on Windows
+        import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (int(limit * GIB),) * 2)
     try:
         sender.send(measure(work, device, steps, sender.send))
-    except (RuntimeError, MemoryError) as error:  # torch's way to say that memory is short
-        sender.send({"failed": str(error).splitlines()[0]})
+    except Exception as error:  # short of memory torch raises a RuntimeError
+        sender.send({"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
 
 
 def published(table: str) -> pd.DataFrame:
-    """A table of the paper as printed, indexed by the systems' names; `srlib/published.json` has the source."""
-    found = json.loads(Path(__file__).with_name("published.json").read_text())[table]
-    return pd.DataFrame.from_dict(found["rows"], orient="index", columns=found["columns"])
+    """A table of the paper as printed, indexed by the systems' names; `PUBLISHED` has the source and the settings."""
+    rows, columns = PUBLISHED[table]["rows"], PUBLISHED[table]["columns"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
