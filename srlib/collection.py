@@ -273,15 +273,17 @@ def execute(plan: Plan, notebook: Path) -> float:
 def kernel_environment(profile: str) -> Iterator[None]:
     """Set the environment of the kernels that are started meanwhile.
 
-    They get the profile, and the kernel `python3` is this very interpreter: one of that name that the user has
-    registered for another environment does not come first.
+    They get the profile and import this `srlib`, not an installed one. The kernel `python3` is this very
+    interpreter: one of that name that is registered for another environment does not come first.
     """
     from ipykernel.kernelspec import write_kernel_spec
 
     with tempfile.TemporaryDirectory() as folder:
         write_kernel_spec(Path(folder) / "kernels" / "python3")
-        path = os.pathsep.join(filter(None, (folder, os.environ.get("JUPYTER_PATH"))))
-        with patch.dict(os.environ, {"SRLIB_PROFILE": profile, "JUPYTER_PATH": path}):
+        added = {"JUPYTER_PATH": folder, "PYTHONPATH": str(paths.ROOT)}
+        for name in added.keys() & os.environ.keys():
+            added[name] += os.pathsep + os.environ[name]
+        with patch.dict(os.environ, added, SRLIB_PROFILE=profile):
             yield
 
 
