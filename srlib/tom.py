@@ -25,8 +25,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from srlib.scan import ORDERS, selective_scan, token_order
+from srlib.scan import ORDERS, mamba_mixer
 
 # Suffix of each order's own parameters in the published layout.
 SUFFIXES = {"forward": "", "reverse": "_b", "inter_slice": "_s"}
@@ -93,40 +94,35 @@ class TriOrientedMamba(nn.Module):
     def forward(self, tokens: Tensor, depth: int) -> Tensor:
         """Mix tokens (B, L, C) of a feature map with `depth` slices; returns (B, L, C)."""
         nslices = self.nslices or depth
-        x, z = self.in_proj(tokens).chunk(2, dim=-1)  # 2 x (B, L, E)
-        y = torch.stack([self._scan(x, order, nslices) for order in self.scan_orders]).sum(0)
+        x, z = (F.linear(tokens, weight) for weight in self.in_proj.weight.chunk(2))  # (B, L, E)
+        y = self._mix(x, self.scan_orders[0], nslices)
+        for order in self.scan_orders[1:]:
+            y += self._mix(x, order, nslices)
         # The gate acts token by token, so the three orders share it: it is applied once, to their sum.
-        return self.out_proj(y * F.silu(z))
+        # It is cheaper to compute again in the backward pass than to keep.
+        return checkpoint(self._gated_projection, y, z, use_reentrant=False)
 
-    def _scan(self, x: Tensor, order: str, nslices: int) -> Tensor:
-        """One Mamba mixer without gate over x (B, L, E) visited in `order`; returns (B, L, E), row-major."""
+    def _mix(self, x: Tensor, order: str, nslices: int) -> Tensor:
+        """One Mamba mixer without gate over x (B, L, E) visited in `order`; returns (B, L, E)."""
         suffix = SUFFIXES[order]
         conv1d = cast(nn.Conv1d, self.get_submodule(f"conv1d{suffix}"))
-        x_proj = self.get_submodule(f"x_proj{suffix}")
+        x_proj = cast(nn.Linear, self.get_submodule(f"x_proj{suffix}"))
         dt_proj = cast(nn.Linear, self.get_submodule(f"dt_proj{suffix}"))
-        visit = token_order(order, x.shape[1], nslices).to(x.device)
-        sequence = x[:, visit].transpose(1, 2)  # (B, E, L) in visiting order
-        u = F.silu(
-            conv1d(sequence)[..., : sequence.shape[-1]]
-        )  # causal: the padded tail is cut off
-        dt, B, C = x_proj(u.transpose(1, 2)).split(
-            [self.dt_rank, self.d_state, self.d_state], dim=-1
+        return mamba_mixer(
+            x,
+            conv_weight=conv1d.weight[:, 0],
+            conv_bias=cast(Tensor, conv1d.bias),
+            x_proj=x_proj.weight,
+            dt_proj=dt_proj.weight,
+            dt_bias=dt_proj.bias,
+            A=-torch.exp(self.get_parameter(f"A{suffix}_log")),
+            D=self.get_parameter(f"D{suffix}"),
+            order=order,
+            nslices=nslices,
         )
-        delta = (
-            dt @ dt_proj.weight.to(dt.dtype).t()
-        )  # its bias goes into the scan, before the softplus
-        A = -torch.exp(self.get_parameter(f"A{suffix}_log"))
-        y = selective_scan(
-            u,
-            delta.transpose(1, 2),
-            A,
-            B.transpose(1, 2),
-            C.transpose(1, 2),
-            self.get_parameter(f"D{suffix}"),
-            delta_bias=dt_proj.bias,
-        )
-        back = torch.empty_like(visit).scatter_(0, visit, torch.arange(len(visit), device=x.device))
-        return y.transpose(1, 2)[:, back]
+
+    def _gated_projection(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.out_proj(y * F.silu(z))
 
 
 class ToMLayer(nn.Module):

@@ -53,12 +53,10 @@ def test_operator_keeps_torchs_contract(backend):
     torch.manual_seed(0)
     inputs = random_inputs(2, 5, 19, 3)
     options = (True, "inter_slice", 4, backend)
-    torch.library.opcheck(operator.selective_scan, (*inputs.values(), *options, True))
-    y, states = operator.selective_scan(*inputs.values(), *options, True)
+    torch.library.opcheck(operator.scan, (*inputs.values(), *options, True))
+    y, states = operator.scan(*inputs.values(), *options, True)
     tensors = [t.detach() for t in inputs.values()]
-    torch.library.opcheck(
-        operator.selective_scan_backward, (torch.randn_like(y), states, *tensors, *options)
-    )
+    torch.library.opcheck(operator.scan_backward, (torch.randn_like(y), states, *tensors, *options))
 
 
 @pytest.mark.parametrize("backend", RUNNING)

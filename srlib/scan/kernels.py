@@ -32,14 +32,14 @@ import numpy as np
 from numba import boolean, float32, int64, njit, types, void
 
 from . import simd
-from .simd import LANES, broadcast, exp2, fma, load, sigmoid, softplus, spread, store, total
+from .simd import LANES, broadcast, dots, exp2, fma, load, sigmoid, softplus, spread, store
 
 CHUNK = 64  # tokens; eight tiles of 64 x 16 float32 fill a 32 KiB cache
 
 _OPTIONS = {"error_model": "numpy", "boundscheck": False, "nogil": True}
 _ZERO, _ONE, _LN2 = np.float32(0), np.float32(1), np.float32(math.log(2))
 
-_helper = njit(**_OPTIONS)
+_helper = njit(forceinline=True, **_OPTIONS)  # a call would pass each tile as eight words
 _channels = float32[::1]  # (P,)
 _per_state = float32[:, ::1]  # (N, P)
 _sequence = float32[:, :, :]  # (B, channels or states, L) of any strides
@@ -109,9 +109,10 @@ def _gather_states(tile, source, b, places):
         _gather(tile[n // LANES * CHUNK :], source, b, n, places)
 
 
-def forward_tiles(nstates: int) -> list[int]:
-    """Rows of the tiles that `forward` works in."""
-    return [CHUNK] * 3 + [-(-nstates // LANES) * CHUNK] * 2
+def forward_tiles(nstates: int) -> list[tuple[int, int]]:
+    """Rows and place of the tiles that `forward` works in (see `work_tiles`)."""
+    groups = -(-nstates // LANES) * CHUNK
+    return [(CHUNK, 0), (CHUNK, 8), (CHUNK, 16), (groups, 24), (groups, 32)]
 
 
 @_kernel(
@@ -126,7 +127,7 @@ def forward(
     With room for it, `states` (B, (chunks + 1) N, P) receives those after each chunk, else the last ones.
     """
     nstates = len(rates)
-    dt, x, out, Bs, Cs = tiles
+    out, dt, x, Bs, Cs = tiles
     advance = nstates if states.shape[1] > nstates else 0
     now = 0  # row of the state 0 before this chunk
     for start in range(0, len(order), CHUNK):
@@ -163,7 +164,7 @@ def forward(
 
 
 @_helper
-def _adjoint(rate, h, carry, lane, dt, x, Bs, Cs, dy, dx, ddt, dBs, dCs, add, hs, decays):
+def _adjoint(rate, h, carry, lane, dt, x, Bs, Cs, dy, dx, ddt, hs, decays, qs):
     """One state through a chunk: forwards from `h`, then backwards from `carry`.
 
     With q[t] the loss's derivative by h[t], and `carry` = exp(dt[t+1] A) q[t+1] from the token after:
@@ -171,7 +172,8 @@ def _adjoint(rate, h, carry, lane, dt, x, Bs, Cs, dy, dx, ddt, dBs, dCs, add, hs
         q = dy C + carry,   dx += q B,   dB += q x,   dC += dy h
         carry = exp(dt A) q,   ddt += (carry h[t-1]) A,   dA += (carry h[t-1]) dt
 
-    Returns `carry` for the chunk before, and this chunk's share of dA. Leaves h[t] in `hs[t + 1]`.
+    Returns `carry` for the chunk before, and this chunk's share of dA. Leaves h[t] in `hs[t + 1]` and q
+    in `qs`, for dB and dC.
     """
     store(hs, 0, h)
     for t in range(len(dt)):
@@ -181,31 +183,29 @@ def _adjoint(rate, h, carry, lane, dt, x, Bs, Cs, dy, dx, ddt, dBs, dCs, add, hs
         store(hs, t + 1, h)
     dA = broadcast(_ZERO)
     for t in range(len(dt) - 1, -1, -1):
-        slope = load(dy, t)
-        q = fma(slope, spread(Cs, t, lane), carry)
-        dB, dC = q * load(x, t), slope * h
-        if add:
-            dB, dC = dB + load(dBs, t), dC + load(dCs, t)
-        store(dBs, t, dB)
-        store(dCs, t, dC)
+        q = fma(load(dy, t), spread(Cs, t, lane), carry)
+        store(qs, t, q)
         store(dx, t, fma(q, spread(Bs, t, lane), load(dx, t)))
         carry = q * load(decays, t)
-        h = load(hs, t)
-        by_exponent = carry * h
+        by_exponent = carry * load(hs, t)
         store(ddt, t, fma(by_exponent, rate, load(ddt, t)))
         dA = fma(by_exponent, load(dt, t), dA)
     return carry, dA
 
 
-def backward_tiles(nstates: int) -> list[int]:
-    """Rows of the tiles that `backward` works in."""
-    groups = -(-nstates // LANES)
-    return [CHUNK] * 10 + [CHUNK + 1] + [groups * CHUNK] * 2 + [nstates * CHUNK] * 2
+def backward_tiles(nstates: int) -> list[tuple[int, int]]:
+    """Rows and place of the tiles that `backward` works in."""
+    groups = -(-nstates // LANES) * CHUNK
+    sums = nstates * CHUNK // LANES
+    return [
+        *[(CHUNK, 0)] * 4, (CHUNK, 56), (CHUNK, 57), (CHUNK, 58), (groups, 59), (groups, 60),
+        (CHUNK + 1, 27), (CHUNK, 28), (CHUNK, 0), (CHUNK, 32), (CHUNK, 5), (sums, 0), (sums, 0),
+    ]  # fmt: skip
 
 
 @_kernel(
     _sequence, _sequence, _per_state, _sequence, _sequence, _channels, _sequence, _channels, boolean,
-    boolean, int64[::1], _tiles(15), _states, _sequence, _states, _sequence, _sequence, _states,
+    boolean, int64[::1], _tiles(16), _states, _sequence, _states, _sequence, _sequence, _states,
     _sequence, _sequence, _sequence, _per_state, _per_state, int64, int64, int64,
 )  # fmt: skip
 def backward(
@@ -218,13 +218,15 @@ def backward(
     and dbias (B, P) the sums over this sequence's tokens; these three begin as zeros too.
     """
     nstates = len(rates)
-    dt, x, v, dy, dx, ddt, slope, out, gates, decays, hs, Bs, Cs, dBs, dCs = tiles
+    v, slope, out, gates, dt, x, dy, Bs, Cs, hs, decays, ddt, dx, qs, dBs, dCs = tiles
     zero, one, ln2 = broadcast(_ZERO), broadcast(_ONE), broadcast(_LN2)
     for chunk in range((len(order) - 1) // CHUNK, -1, -1):
         places = order[chunk * CHUNK : (chunk + 1) * CHUNK]
         count = len(places)
         _gather_states(Bs, B, b, places)
         _gather_states(Cs, C, b, places)
+        dBs[:] = 0
+        dCs[:] = 0
         for channel in range(first, last, LANES):
             _gather(dt, delta, b, channel, places)
             _gather(v, u, b, channel, places)
@@ -253,9 +255,12 @@ def backward(
                 h = load(states, (b, chunk * nstates + n, channel))
                 carry, share = _adjoint(
                     load(rates, (n, channel)), h, load(carries, (b, n, channel)), lane,
-                    dt[:count], x, Bs[row:], Cs[row:], dy, dx, ddt,
-                    dBs[n * CHUNK :], dCs[n * CHUNK :], channel > first, hs, decays,
+                    dt[:count], x, Bs[row:], Cs[row:], dy, dx, ddt, hs, decays, qs,
                 )  # fmt: skip
+                for t in range(0, count, LANES):
+                    k = (n * CHUNK + t) // LANES
+                    store(dBs, k, load(dBs, k) + dots(qs, t, x, t))
+                    store(dCs, k, load(dCs, k) + dots(dy, t, hs, t + 1))
                 store(carries, (b, n, channel), carry)
                 store(dA, (b, n, channel), load(dA, (b, n, channel)) + share)
                 if with_gate:
@@ -281,5 +286,80 @@ def backward(
 
         for n in range(nstates):
             for t in range(count):
-                dB[b, n, places[t]] = total(load(dBs, n * CHUNK + t))
-                dC[b, n, places[t]] = total(load(dCs, n * CHUNK + t))
+                k = n * CHUNK + t
+                dB[b, n, places[t]] = dBs[k // LANES, k % LANES]
+                dC[b, n, places[t]] = dCs[k // LANES, k % LANES]
+
+
+def conv_tiles(taps: int) -> list[tuple[int, int]]:
+    """Rows and place of the tiles that `conv_forward` and `conv_backward` work in."""
+    return [(CHUNK + 2 * taps, place) for place in (32, 16, 0)]
+
+
+@_helper
+def _history(x_rows, x, b, channel, order, start, stop, taps):
+    """Rows of x from `taps - 1` tokens before `start` up to `stop`; zeros before the first token."""
+    before = min(taps - 1, start)
+    x_rows[: taps - 1 - before] = 0
+    _gather(x_rows[taps - 1 - before :], x, b, channel, order[start - before : stop])
+
+
+@_kernel(
+    _sequence, _per_state, _channels, int64[::1], _tiles(3), _sequence, int64, int64, int64,
+)  # fmt: skip
+def conv_forward(x, weights, bias, order, tiles, y, b, first, last):
+    """Y = silu(causal convolution of x in the order's sequence); weights (taps, P), the last for now."""
+    taps = len(weights)
+    x_rows, out, _ = tiles
+    for start in range(0, len(order), CHUNK):
+        places = order[start : start + CHUNK]
+        for channel in range(first, last, LANES):
+            _history(x_rows, x, b, channel, order, start, start + len(places), taps)
+            for t in range(len(places)):
+                value = load(bias, (channel,))
+                for k in range(taps):
+                    value = fma(load(weights, (k, channel)), load(x_rows, t + k), value)
+                store(out, t, value * sigmoid(value))
+            _scatter(y, out, b, channel, places)
+
+
+@_kernel(
+    _sequence, _per_state, _channels, int64[::1], _tiles(3), _sequence, _sequence, _states, _per_state,
+    int64, int64, int64,
+)  # fmt: skip
+def conv_backward(x, weights, bias, order, tiles, grad, dx, dweights, dbias, b, first, last):
+    """Gradients; the sums dweights (B, taps, P) and dbias (B, P) begin as zeros.
+
+    A token's dx needs the pre-activation's gradient of itself and of the `taps - 1` tokens after it.
+    """
+    taps = len(weights)
+    x_rows, g, out = tiles
+    one = broadcast(_ONE)
+    for start in range(0, len(order), CHUNK):
+        places = order[start : start + CHUNK]
+        stop = min(start + CHUNK + taps - 1, len(order))
+        for channel in range(first, last, LANES):
+            _history(x_rows, x, b, channel, order, start, stop, taps)
+            _gather(g, grad, b, channel, order[start:stop])
+            g[stop - start : len(places) + taps - 1] = 0
+            for t in range(stop - start):
+                value = load(bias, (channel,))
+                for k in range(taps):
+                    value = fma(load(weights, (k, channel)), load(x_rows, t + k), value)
+                s = sigmoid(value)
+                store(g, t, load(g, t) * s * fma(value, one - s, one))
+            for t in range(len(places)):
+                value = broadcast(_ZERO)
+                for k in range(taps):
+                    value = fma(load(weights, (k, channel)), load(g, t + taps - 1 - k), value)
+                store(out, t, value)
+            _scatter(dx, out, b, channel, places)
+            share = load(dbias, (b, channel))
+            for t in range(len(places)):
+                share = share + load(g, t)
+            store(dbias, (b, channel), share)
+            for k in range(taps):
+                share = load(dweights, (b, k, channel))
+                for t in range(len(places)):
+                    share = fma(load(g, t), load(x_rows, t + k), share)
+                store(dweights, (b, k, channel), share)

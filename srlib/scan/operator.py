@@ -7,7 +7,8 @@ flops. Which back end does the work is looked up inside the operator, where noth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .choice import choose
 from .inputs import Options, ScanInputs
-from .reference import compute_dtype
+from .reference import compute_dtype, reference
 
 
 def _room_for_states(worker: ModuleType, u: Tensor, A: Tensor, keep: bool) -> Tensor:
@@ -26,19 +27,23 @@ def _room_for_states(worker: ModuleType, u: Tensor, A: Tensor, keep: bool) -> Te
     return u.new_empty(shape, dtype=compute_dtype(u.dtype))
 
 
-def _define(function: Callable) -> Any:
-    """Define and return `srlib::<function>`, which runs `function` on every device.
+def define(name: str) -> Callable[[Callable], Any]:
+    """Make a function the operator `srlib::<name>`, which runs it on every device.
 
     What `torch.library.custom_op` does, without its import of torch's compiler at the first call.
     """
-    name = f"srlib::{function.__name__}"
-    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
-    torch.library.impl(name, "default")(function)
-    return getattr(torch.ops.srlib, function.__name__)
+
+    def operator(function: Callable) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(f"srlib::{name}", schema)
+        torch.library.impl(f"srlib::{name}", "default")(function)
+        return getattr(torch.ops.srlib, name)
+
+    return operator
 
 
-@_define
-def selective_scan(
+@define("selective_scan")
+def scan(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -69,8 +74,8 @@ def _scan_fake(  # type: ignore[no-untyped-def]
     return torch.empty_like(u), _room_for_states(worker, u, A, keep_states)
 
 
-@_define
-def selective_scan_backward(
+@define("selective_scan_backward")
+def scan_backward(
     grad: Tensor,
     states: Tensor,
     u: Tensor,
@@ -113,7 +118,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradient(ctx, grad, _states_grad):  # type: ignore[no-untyped-def]
     *tensors, states = ctx.saved_tensors
-    gradients = iter(selective_scan_backward(grad, states, *tensors, *ctx.options))
+    gradients = iter(scan_backward(grad, states, *tensors, *ctx.options))
     per_tensor = [None if t is None else next(gradients) for t in tensors]
     return (*per_tensor, *[None] * 5)
 
@@ -121,23 +126,86 @@ def _gradient(ctx, grad, _states_grad):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("srlib::selective_scan", _gradient, setup_context=_setup_context)
 
 
-def _flops(u: list[int], states: int, per_state: int, given: int) -> int:
-    batch, channels, length = u
-    return batch * channels * length * (per_state * states + given)
-
-
-@register_flop_formula(selective_scan)
-def _scan_flops(u, delta, A, B, C, D, z, *_, **__) -> int:  # type: ignore[no-untyped-def]
+def scan_flops(u: Sequence[int], A: Sequence[int], D: bool, z: bool = False) -> int:
     """Per token, channel and state 7: dt A, its exp, three for h and two for y.
 
     Per token and channel: dt u, D u (2) and the gate (1). softplus and silu are not counted.
     """
-    return _flops(u, A[1], 7, 1 + 2 * (D is not None) + (z is not None))
+    return math.prod(u) * (7 * A[1] + 1 + 2 * D + z)
 
 
-@register_flop_formula(selective_scan_backward)
-def _scan_backward_flops(  # type: ignore[no-untyped-def]
-    grad, states, u, delta, A, B, C, D, z, *_, **__
-) -> int:
+def scan_backward_flops(u: Sequence[int], A: Sequence[int], D: bool, z: bool = False) -> int:
     """Per token, channel and state 21: the forward pass again (7), the adjoint recurrence (14)."""
-    return _flops(u, A[1], 21, 4 + 4 * (D is not None) + 4 * (z is not None))
+    return math.prod(u) * (21 * A[1] + 4 + 4 * D + 4 * z)
+
+
+@register_flop_formula(scan)
+def _flops(u, delta, A, B, C, D, z, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    return scan_flops(u, A, D is not None, z is not None)
+
+
+@register_flop_formula(scan_backward)
+def _backward_flops(grad, states, u, delta, A, B, C, D, z, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    return scan_backward_flops(u, A, D is not None, z is not None)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    backend: str = "auto",
+    *,
+    order: str = "forward",
+    nslices: int = 1,
+) -> Tensor:
+    """Selective scan of batch B, channels D, tokens L, states N, with shapes as in mamba-ssm.
+
+    With `dt = softplus(delta + delta_bias)`, per channel d and state n, from h = 0:
+
+        h[t, d, n] = exp(dt[t, d] A[d, n]) h[t-1, d, n] + dt[t, d] B[t, n] u[t, d]
+        y[t, d]    = (sum_n C[t, n] h[t, d, n] + D[d] u[t, d]) silu(z[t, d])
+
+    float32 and float64 are computed as they are, float16 and bfloat16 in float32. Tensors may be
+    strided; transposed views of (B, L, D) memory are the fast layout on the CPU. Under autocast,
+    sequences of different types are raised to the widest of them. Only `reference` can be
+    differentiated twice.
+
+    Args:
+        u: input (B, D, L), real floating point.
+        delta: step sizes (B, D, L), before the bias and softplus.
+        A: decay rates (D, N), negative for a stable scan.
+        B: input weights (B, N, L).
+        C: output weights (B, N, L).
+        D: weight (D,) of a direct path from input to output; none when None.
+        z: gate (B, D, L); none when None.
+        delta_bias: added to delta (D,) before softplus; none when None.
+        delta_softplus: pass the step sizes through softplus.
+        backend: `auto` for the fastest that can run here, or a name of `backends()`.
+        order: in which the tokens are visited: `forward`, `reverse` or `inter_slice` (see
+            `token_order`).
+        nslices: number of slices of the inter-slice order.
+
+    Returns:
+        y (B, D, L) of u's dtype and memory layout.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit (the message names the argument), an
+            unknown back end or order, or a back end that cannot take such tensors.
+        RuntimeError: a back end that cannot run on this machine, with the reason.
+    """
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
+    if torch.is_autocast_enabled(u.device.type):
+        inputs = inputs.widened()
+    options = Options(delta_softplus, order, nslices)
+    inputs.check()
+    options.check()
+    if backend == "reference":
+        return reference(*inputs, *options)
+    keep_states = torch.is_grad_enabled() and any(t.requires_grad for t in inputs.given().values())
+    return scan(*inputs, *options, backend, keep_states)[0]

@@ -98,8 +98,11 @@ def _exp_minus(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 def _sigmoid(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """1 / (1 + e^-x), or t / (1 + t) below 0, with the t = e^-|x| that softplus computes as well."""
     one = _constant(1.0)
-    return builder.fdiv(one, builder.fadd(one, _exp_minus(builder, x)), flags=_FLAGS)
+    t = _exp_minus(builder, _call(builder, "fabs", x))
+    below = builder.fcmp_ordered("<", x, _constant(0.0))
+    return builder.fdiv(builder.select(below, t, one), builder.fadd(one, t), flags=_FLAGS)
 
 
 def _softplus(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
@@ -144,21 +147,6 @@ def broadcast(typing_context, x):
         return _broadcast(builder, *args)
 
     return vector(types.float32), codegen
-
-
-@intrinsic
-def total(typing_context, x):
-    """The sum over lanes, a float32."""
-
-    def codegen(context, builder, sig, args):
-        function_type = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS])
-        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-        function = cgutils.get_or_insert_function(builder.module, function_type, name)
-        return builder.call(
-            function, [ir.Constant(ir.FloatType(), 0.0), *args], fastmath=("reassoc",)
-        )
-
-    return types.float32(vector), codegen
 
 
 def _address(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -206,3 +194,48 @@ def spread(typing_context, tile, row, lane):
         return _broadcast(builder, builder.load(builder.gep(pointer, [args[2]])))
 
     return vector(tile, row, lane), codegen
+
+
+_LANES_OF_TWO = np.arange(2 * LANES)
+# Four ways to split two vectors into (their first halves, their second halves): by 8, 4, 2 and 1 lanes,
+# each a single shuffle on common machines.
+_HALVES = [
+    _LANES_OF_TWO.reshape(2, 2, 8).swapaxes(0, 1),
+    _LANES_OF_TWO.reshape(4, 2, 4).swapaxes(0, 1),
+    _LANES_OF_TWO.reshape(2, 4, 2, 2).transpose(2, 1, 0, 3),
+    _LANES_OF_TWO.reshape(2, 4, 2, 2).transpose(3, 1, 0, 2),
+]
+
+
+def _fold(vectors: list, add_halves: Callable) -> Any:
+    """16 vectors to one: halves of two are added to one vector, four times over."""
+    for halves in _HALVES:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [add_halves(a, b, *halves.reshape(2, LANES)) for a, b in pairs]
+    return vectors[0]
+
+
+@intrinsic
+def dots(typing_context, a, i, b, j):
+    """Dot products of 16 rows of tile a, from row i, with those of b from row j: a vector."""
+
+    def codegen(context, builder, sig, args):
+        def row(tile, k):
+            index = builder.add(args[tile + 1], ir.Constant(args[tile + 1].type, k))
+            where = types.void(*sig.args[tile : tile + 2])
+            address = _address(context, builder, where, (args[tile], index))
+            return builder.load(address, align=4)
+
+        def add_halves(x, y, first, second):
+            halves = (ir.Constant(_INTS, half.tolist()) for half in (first, second))
+            return builder.fadd(
+                *(builder.shuffle_vector(x, y, half) for half in halves), flags=_FLAGS
+            )
+
+        # Which input's sum comes out in which lane, found by folding the inputs' numbers.
+        numbers = [np.full(LANES, k) for k in range(LANES)]
+        lanes = _fold(numbers, lambda x, y, first, _: np.concatenate([x, y])[first]).argsort()
+        products = [builder.fmul(row(0, int(k)), row(2, int(k)), flags=_FLAGS) for k in lanes]
+        return _fold(products, add_halves)
+
+    return vector(a, i, b, j), codegen
