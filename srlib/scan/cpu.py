@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -37,6 +37,13 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
     return "" if device.type == "cpu" else f"cpu needs tensors on the CPU, got {device.type}"
 
 
+def chunk_length() -> int:
+    """Tokens in a chunk."""
+    from .kernels import CHUNK
+
+    return CHUNK
+
+
 def states_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
     """Shape of what the forward pass keeps: states before each chunk and after the last."""
     if u.dtype == torch.float64:
@@ -53,34 +60,13 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="selective-scan")
 
 
-def run(task: Callable[..., None], shares: Sequence[tuple[int, ...]]) -> None:
-    """`task(*share)` for all shares on torch's number of threads; the caller's takes the last."""
-    if torch.get_num_threads() == 1 or len(shares) == 1:
-        for share in shares:
-            task(*share)
-        return
-    pool = _pool(os.getpid(), torch.get_num_threads())
-    pending = [pool.submit(task, *share) for share in shares[:-1]]
-    task(*shares[-1])
-    for result in pending:
-        result.result()
-
-
-def split_channels(batch: int, channels: int, lanes: int) -> list[tuple[int, int, int, int]]:
-    """What the workers do: group of channels, sequence, first channel, last channel (exclusive)."""
-    blocks = -(-channels // lanes)
-    groups = min(blocks, -(-torch.get_num_threads() // batch))
-    bounds = [g * blocks // groups * lanes for g in range(groups + 1)]
-    return [(g, b, bounds[g], bounds[g + 1]) for b in range(batch) for g in range(groups)]
-
-
 @functools.lru_cache(maxsize=16)
 def order_table(order: str, length: int, nslices: int) -> np.ndarray:
     """`token_order` as the kernels take it, kept for the next calls."""
     return token_order(order, length, nslices).numpy()
 
 
-def work_tiles(layout: list[tuple[int, int]], lanes: int) -> tuple[np.ndarray, ...]:
+def _work_tiles(layout: list[tuple[int, int]], lanes: int) -> tuple[np.ndarray, ...]:
     """Zeroed tiles of (rows, 16 lanes), each at its place, in cache lines, after a multiple of 4 KiB.
 
     A processor takes a load to depend on a recent store when their addresses agree modulo 4 KiB. The
@@ -98,45 +84,145 @@ def work_tiles(layout: list[tuple[int, int]], lanes: int) -> tuple[np.ndarray, .
     )
 
 
-def padded(t: Tensor, lanes: int) -> Tensor:
+class _Threads:
+    """Who does what in a scan: each worker a sequence and a group of its channels, with tiles of its own."""
+
+    def __init__(
+        self, batch: int, channels: int, layout: list[tuple[int, int]], lanes: int
+    ) -> None:
+        blocks = -(-channels // lanes)
+        self.groups = min(blocks, -(-torch.get_num_threads() // batch))
+        bounds = [g * blocks // self.groups * lanes for g in range(self.groups + 1)]
+        self.shares = [
+            (_work_tiles(layout, lanes), group, b, bounds[group], bounds[group + 1])
+            for b in range(batch)
+            for group in range(self.groups)
+        ]
+
+    def run(self, task: Callable[..., None]) -> None:
+        """`task(tiles, group, sequence, first channel, last channel)` for all; the caller's thread helps."""
+        if torch.get_num_threads() == 1 or len(self.shares) == 1:
+            for share in self.shares:
+                task(*share)
+            return
+        pool = _pool(os.getpid(), torch.get_num_threads())
+        pending = [pool.submit(task, *share) for share in self.shares[:-1]]
+        task(*self.shares[-1])
+        for result in pending:
+            result.result()
+
+
+def _padded(t: Tensor, lanes: int) -> Tensor:
     """`t` (..., D) with zeros up to whole vectors (..., P)."""
-    return F.pad(t, (0, -t.shape[-1] % lanes)).contiguous()
+    return F.pad(t.detach().float(), (0, -t.shape[-1] % lanes)).contiguous()
 
 
-def _common(inputs: ScanInputs, options: Options, lanes: int) -> list:
-    """The arguments that both kernels begin with: the inputs as float32 arrays, then the options."""
-    given = {name: t.detach().float() for name, t in inputs.given().items()}
-    _, channels, length = inputs.u.shape
+class ScanPass:
+    """One pass, forward or backward, over the steps of a scan, in one or several stretches.
 
-    given["A"] = padded(given["A"].T / math.log(2), lanes)
-    given["D"] = padded(given.get("D", torch.zeros(channels)), lanes)
-    given["delta_bias"] = padded(given.get("delta_bias", torch.zeros(channels)), lanes)
-    given.setdefault("z", torch.empty(0, 0, 0))
-    arrays = [given[name].numpy() for name in inputs._fields]
-    order = order_table(options.order, length, options.nslices)
-    return [*arrays, options.delta_softplus, inputs.z is not None, order]
+    Holds what does not depend on the step: padded parameters, states, and in the backward pass the sums
+    over steps, dA (B, N, P), dD and dbias (B, P).
+    """
+
+    def __init__(
+        self,
+        u: Tensor,
+        A: Tensor,
+        D: Tensor | None,
+        delta_bias: Tensor | None,
+        states: Tensor,
+        softplus: bool = True,
+        backward: bool = False,
+    ) -> None:
+        from . import kernels
+
+        lanes = kernels.LANES
+        batch, self.channels, _ = u.shape
+        self.nstates, self.states, self.softplus = A.shape[1], states, softplus
+        zeros = torch.zeros(self.channels)
+        self.rates = _padded(A.T / math.log(2), lanes)
+        self.skip = _padded(zeros if D is None else D, lanes)
+        self.bias = _padded(zeros if delta_bias is None else delta_bias, lanes)
+        per_state = (batch, self.nstates, len(self.skip))
+        if backward:
+            self.kernel, layout = kernels.backward.compiled, kernels.backward_tiles(self.nstates)
+            self.carries, self.dA = torch.zeros(per_state), torch.zeros(per_state)
+            self.dD, self.dbias = (torch.zeros(batch, len(self.skip)) for _ in range(2))
+        else:
+            self.kernel, layout = kernels.forward.compiled, kernels.forward_tiles(self.nstates)
+            self.keep = states.numel() > 0
+            self.states = states if self.keep else torch.empty(per_state)
+            self.states[:, : self.nstates] = 0
+        self.threads = _Threads(batch, self.channels, layout, lanes)
+
+    def _arguments(self, inputs: ScanInputs, places: np.ndarray, targets: np.ndarray) -> list:
+        z = inputs.u[:0] if inputs.z is None else inputs.z
+        tensors = (
+            *(inputs.u, inputs.delta, self.rates, inputs.B, inputs.C),
+            *(self.skip, z, self.bias),
+        )
+        flags = (self.softplus, inputs.z is not None)
+        return [*(t.detach().float().numpy() for t in tensors), *flags, places, targets]
+
+    def forward(
+        self, inputs: ScanInputs, places: np.ndarray, targets: np.ndarray, chunk: int, y: Tensor
+    ) -> None:
+        """The steps from `chunk` on, one for each place: write y (B, D, L) at the targets."""
+        arguments = self._arguments(inputs, places, targets)
+        row, advance = (chunk * self.nstates, self.nstates) if self.keep else (0, 0)
+
+        def task(tiles: tuple, group: int, *share: int) -> None:
+            self.kernel(*arguments, tiles, y.numpy(), self.states.numpy(), row, advance, *share)
+
+        self.threads.run(task)
+
+    def backward(
+        self,
+        inputs: ScanInputs,
+        places: np.ndarray,
+        targets: np.ndarray,
+        chunk: int,
+        grad: Tensor,
+        du: Tensor,
+    ) -> Gradients:
+        """The same steps backwards: gradients of u, delta, B, C and z, that of u in `du`."""
+        arguments = self._arguments(inputs, places, targets)
+        like = functools.partial(torch.empty_like, dtype=torch.float32)
+        groups = range(self.threads.groups)
+        ddelta, dz = like(inputs.delta), like(inputs.u[:0] if inputs.z is None else inputs.z)
+        dB, dC = [like(inputs.B) for _ in groups], [like(inputs.C) for _ in groups]
+        row = chunk * self.nstates
+        states, carries, *sums = (
+            t.numpy() for t in (self.states, self.carries, self.dA, self.dD, self.dbias)
+        )
+
+        def task(tiles: tuple, group: int, *share: int) -> None:
+            results = (t.numpy() for t in (du, ddelta, dB[group], dC[group], dz))
+            self.kernel(
+                *arguments, tiles, grad.numpy(), states, row, carries, *results, *sums, *share
+            )
+
+        self.threads.run(task)
+        results = {"u": du, "delta": ddelta, "z": dz}
+        return results | {
+            name: functools.reduce(Tensor.add_, shares) for name, shares in (("B", dB), ("C", dC))
+        }
+
+    def sums(self) -> Gradients:
+        """Gradients of A, D and delta_bias, after the backward pass."""
+        dA = self.dA.sum(0)[:, : self.channels].T.contiguous()
+        dD, dbias = (t.sum(0)[: self.channels] for t in (self.dD, self.dbias))
+        return {"A": dA, "D": dD, "delta_bias": dbias}
 
 
 def forward(inputs: ScanInputs, options: Options, states: Tensor) -> Tensor:
     """The scan's output (B, D, L); fills `states` unless it is empty."""
     if inputs.u.dtype == torch.float64:
         return chunked.forward(inputs, options, states)
-    from .kernels import LANES, forward, forward_tiles
-
-    batch, channels, _ = inputs.u.shape
-    nstates = inputs.A.shape[1]
     y = torch.empty_like(inputs.u, dtype=torch.float32)
-    if not states.numel():
-        states = torch.empty(batch, nstates, -(-channels // LANES) * LANES)
-    states[:, :nstates] = 0
-    common = _common(inputs, options, LANES)
-
-    def task(group: int, *share: int) -> None:
-        tiles = work_tiles(forward_tiles(nstates), LANES)
-        kernel(*common, tiles, y.numpy(), states.numpy(), *share)
-
-    kernel = forward.compiled
-    run(task, split_channels(batch, channels, LANES))
+    order = order_table(options.order, y.shape[2], options.nslices)
+    scan = ScanPass(y, inputs.A, inputs.D, inputs.delta_bias, states, options.delta_softplus)
+    scan.forward(inputs, order, order, 0, y)
     return y.to(inputs.u.dtype)
 
 
@@ -144,80 +230,54 @@ def backward(inputs: ScanInputs, options: Options, states: Tensor, grad: Tensor)
     """Gradients of all inputs, from `grad` (B, D, L) and the states of the forward pass."""
     if inputs.u.dtype == torch.float64:
         return chunked.backward(inputs, options, states, grad)
-    from .kernels import LANES, backward, backward_tiles
-
-    batch, channels, _ = inputs.u.shape
-    nstates = inputs.A.shape[1]
-    given = inputs.given()
-    shares = split_channels(batch, channels, LANES)
-    like = functools.partial(torch.empty_like, dtype=torch.float32)
-    du, ddelta = like(inputs.u), like(inputs.delta)
-    dz = torch.empty(0, 0, 0) if inputs.z is None else like(inputs.z)
-    groups = range(len(shares) // batch)
-    dB, dC = [like(inputs.B) for _ in groups], [like(inputs.C) for _ in groups]
-    per_state = (batch, nstates, states.shape[-1])
-    carries, dA = torch.zeros(per_state), torch.zeros(per_state)
-    dD, dbias = (torch.zeros(batch, states.shape[-1]) for _ in range(2))
-    common = _common(inputs, options, LANES)
-    grad = grad.float()
-
-    def task(group: int, *share: int) -> None:
-        tiles = work_tiles(backward_tiles(nstates), LANES)
-        results = (du, ddelta, dA, dB[group], dC[group], dz, dD, dbias)
-        tensors = (states, grad, carries, *results)
-        kernel(*common, tiles, *(t.numpy() for t in tensors), *share)
-
-    kernel = backward.compiled
-    run(task, shares)
-    results = {"u": du, "delta": ddelta, "z": dz}
-    results["A"] = like(inputs.A).copy_(dA.sum(0).T[:channels])
-    results |= {"B": functools.reduce(Tensor.add_, dB), "C": functools.reduce(Tensor.add_, dC)}
-    results |= {"D": dD.sum(0)[:channels], "delta_bias": dbias.sum(0)[:channels]}
-    return {name: results[name].to(t.dtype) for name, t in given.items()}
+    order = order_table(options.order, grad.shape[2], options.nslices)
+    du = torch.empty_like(inputs.u, dtype=torch.float32)
+    parameters = (inputs.A, inputs.D, inputs.delta_bias)
+    scan = ScanPass(du, *parameters, states, options.delta_softplus, backward=True)
+    results = scan.backward(inputs, order, order, 0, grad.detach().float(), du) | scan.sums()
+    return {
+        name: results[name].to(t.dtype) if name != "A" else torch.empty_like(t).copy_(results[name])
+        for name, t in inputs.given().items()
+    }
 
 
-def _conv_arrays(x: Tensor, weight: Tensor, bias: Tensor, options: Options, lanes: int) -> tuple:
-    """The arguments that both kernels of the convolution begin with."""
-    weights, biases = (padded(t.detach(), lanes).numpy() for t in (weight.T, bias))
-    return (
-        x.detach().numpy(),
-        weights,
-        biases,
-        order_table(options.order, x.shape[2], options.nslices),
-    )
+class ConvPass:
+    """The causal depthwise convolution with SiLU, forward or backward, in stretches of an order's steps."""
 
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor, order: np.ndarray, backward: bool = False
+    ) -> None:
+        from . import kernels
 
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, options: Options) -> Tensor:
-    """silu(causal depthwise convolution) of x (B, D, L) in the order of visit; weight (D, taps)."""
-    from .kernels import LANES, conv_forward, conv_tiles
+        self.x, self.order, self.channels = x.detach(), order, len(bias)
+        self.weights, self.bias = (_padded(t, kernels.LANES) for t in (weight.T, bias))
+        self.kernel = (kernels.conv_backward if backward else kernels.conv_forward).compiled
+        layout = kernels.conv_tiles(weight.shape[1])
+        self.threads = _Threads(*x.shape[:2], layout, kernels.LANES)
+        if backward:
+            self.dx = torch.empty_like(self.x)
+            self.dweights, self.dbias = (
+                torch.zeros(len(x), *t.shape) for t in (self.weights, self.bias)
+            )
 
-    y = torch.empty_like(x)
-    arrays = _conv_arrays(x, weight, bias, options, LANES)
+    def _run(self, begin: int, places: np.ndarray, *tensors: Tensor) -> None:
+        arrays = [t.numpy() for t in (self.x, self.weights, self.bias)]
+        results = [t.numpy() for t in tensors]
 
-    def task(group: int, *share: int) -> None:
-        tiles = work_tiles(conv_tiles(weight.shape[1]), LANES)
-        kernel(*arrays, tiles, y.numpy(), *share)
+        def task(tiles: tuple, group: int, *share: int) -> None:
+            self.kernel(*arrays, self.order, begin, places, tiles, *results, *share)
 
-    kernel = conv_forward.compiled
-    run(task, split_channels(*x.shape[:2], LANES))
-    return y
+        self.threads.run(task)
 
+    def forward(self, begin: int, places: np.ndarray, u: Tensor) -> None:
+        """Fill u (B, D, places) with the steps from `begin` on."""
+        self._run(begin, places, u)
 
-def causal_conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `causal_conv` by x, weight and bias."""
-    from .kernels import LANES, conv_backward, conv_tiles
+    def backward(self, begin: int, places: np.ndarray, du: Tensor) -> None:
+        """Adds to the sums and fills `dx` at the steps' tokens; du has `taps - 1` more steps."""
+        self._run(begin, places, du, self.dx, self.dweights, self.dbias)
 
-    dx = torch.empty_like(x)
-    arrays = _conv_arrays(x, weight, bias, options, LANES)
-    dweight, dbias = (torch.zeros(len(x), *weights.shape) for weights in arrays[1:3])
-
-    def task(group: int, *share: int) -> None:
-        tiles = work_tiles(conv_tiles(weight.shape[1]), LANES)
-        kernel(*arrays, tiles, *(t.numpy() for t in (grad, dx, dweight, dbias)), *share)
-
-    kernel = conv_backward.compiled
-    run(task, split_channels(*x.shape[:2], LANES))
-    channels = len(bias)
-    return dx, dweight.sum(0).T[:channels].contiguous(), dbias.sum(0)[:channels]
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Gradients of weight and bias."""
+        weights = self.dweights.sum(0)[:, : self.channels].T.contiguous()
+        return weights, self.dbias.sum(0)[: self.channels]

@@ -117,27 +117,27 @@ def forward_tiles(nstates: int) -> list[tuple[int, int]]:
 
 @_kernel(
     _sequence, _sequence, _per_state, _sequence, _sequence, _channels, _sequence, _channels, boolean,
-    boolean, int64[::1], _tiles(5), _sequence, _states, int64, int64, int64,
+    boolean, int64[::1], int64[::1], _tiles(5), _sequence, _states, int64, int64, int64, int64, int64,
 )  # fmt: skip
 def forward(
-    u, delta, rates, B, C, skip, z, bias, with_softplus, with_gate, order, tiles, y, states, b, first, last
+    u, delta, rates, B, C, skip, z, bias, with_softplus, with_gate, places, targets, tiles, y, states, row,
+    advance, b, first, last,
 ):  # fmt: skip
-    """Scan channels `first` to `last` of sequence `b` from the states (B, N, P) in the first rows of `states`.
+    """Scan channels `first` to `last` of sequence `b`; step t reads at places[t] and writes at targets[t].
 
-    With room for it, `states` (B, (chunks + 1) N, P) receives those after each chunk, else the last ones.
+    `states` (B, rows, P) holds the N states before the first step from `row` on. Those after each chunk go
+    `advance` rows further: N to keep them all, 0 to keep the last.
     """
     nstates = len(rates)
     out, dt, x, Bs, Cs = tiles
-    advance = nstates if states.shape[1] > nstates else 0
-    now = 0  # row of the state 0 before this chunk
-    for start in range(0, len(order), CHUNK):
-        places = order[start : start + CHUNK]
-        _gather_states(Bs, B, b, places)
-        _gather_states(Cs, C, b, places)
+    for start in range(0, len(places), CHUNK):
+        inside = places[start : start + CHUNK]
+        _gather_states(Bs, B, b, inside)
+        _gather_states(Cs, C, b, inside)
         for channel in range(first, last, LANES):
-            _gather(dt, delta, b, channel, places)
-            _gather(x, u, b, channel, places)
-            for t in range(len(places)):
+            _gather(dt, delta, b, channel, inside)
+            _gather(x, u, b, channel, inside)
+            for t in range(len(inside)):
                 step, value = load(dt, t) + load(bias, (channel,)), load(x, t)
                 if with_softplus:
                     step = softplus(step)
@@ -146,21 +146,21 @@ def forward(
                 store(out, t, load(skip, (channel,)) * value)
 
             for n in range(nstates):
-                row, lane = n // LANES * CHUNK, n % LANES
-                rate, h = load(rates, (n, channel)), load(states, (b, now + n, channel))
-                for t in range(len(places)):
+                group, lane = n // LANES * CHUNK, n % LANES
+                rate, h = load(rates, (n, channel)), load(states, (b, row + n, channel))
+                for t in range(len(inside)):
                     decay = exp2(load(dt, t) * rate)
-                    h = fma(decay, h, load(x, t) * spread(Bs, row + t, lane))
-                    store(out, t, fma(h, spread(Cs, row + t, lane), load(out, t)))
-                store(states, (b, now + advance + n, channel), h)
+                    h = fma(decay, h, load(x, t) * spread(Bs, group + t, lane))
+                    store(out, t, fma(h, spread(Cs, group + t, lane), load(out, t)))
+                store(states, (b, row + advance + n, channel), h)
 
             if with_gate:
-                _gather(x, z, b, channel, places)
-                for t in range(len(places)):
+                _gather(x, z, b, channel, inside)
+                for t in range(len(inside)):
                     gate = load(x, t)
                     store(out, t, load(out, t) * gate * sigmoid(gate))
-            _scatter(y, out, b, channel, places)
-        now += advance
+            _scatter(y, out, b, channel, targets[start : start + CHUNK])
+        row += advance
 
 
 @_helper
@@ -205,32 +205,32 @@ def backward_tiles(nstates: int) -> list[tuple[int, int]]:
 
 @_kernel(
     _sequence, _sequence, _per_state, _sequence, _sequence, _channels, _sequence, _channels, boolean,
-    boolean, int64[::1], _tiles(16), _states, _sequence, _states, _sequence, _sequence, _states,
-    _sequence, _sequence, _sequence, _per_state, _per_state, int64, int64, int64,
+    boolean, int64[::1], int64[::1], _tiles(16), _sequence, _states, int64, _states, _sequence, _sequence,
+    _sequence, _sequence, _sequence, _states, _per_state, _per_state, int64, int64, int64,
 )  # fmt: skip
 def backward(
-    u, delta, rates, B, C, skip, z, bias, with_softplus, with_gate, order, tiles, states, grad, carries,
-    du, ddelta, dA, dB, dC, dz, dD, dbias, b, first, last,
+    u, delta, rates, B, C, skip, z, bias, with_softplus, with_gate, places, targets, tiles, grad, states,
+    row, carries, du, ddelta, dB, dC, dz, dA, dD, dbias, b, first, last,
 ):  # fmt: skip
-    """Gradients for channels `first` to `last` of sequence `b`.
+    """Gradients for channels `first` to `last` of sequence `b`, over the steps of a call of `forward`.
 
-    `carries` (B, N, P) begin as zeros. dB and dC are this worker's sums over its channels, dA (B, N, P), dD
-    and dbias (B, P) the sums over this sequence's tokens; these three begin as zeros too.
+    `carries` (B, N, P) come from the steps after, and go to those before. dB and dC are this worker's sums
+    over its channels. dA (B, N, P), dD and dbias (B, P) are added to, the sums over a sequence's tokens.
     """
     nstates = len(rates)
     v, slope, out, gates, dt, x, dy, Bs, Cs, hs, decays, ddt, dx, qs, dBs, dCs = tiles
     zero, one, ln2 = broadcast(_ZERO), broadcast(_ONE), broadcast(_LN2)
-    for chunk in range((len(order) - 1) // CHUNK, -1, -1):
-        places = order[chunk * CHUNK : (chunk + 1) * CHUNK]
-        count = len(places)
-        _gather_states(Bs, B, b, places)
-        _gather_states(Cs, C, b, places)
+    for chunk in range((len(places) - 1) // CHUNK, -1, -1):
+        inside = places[chunk * CHUNK : (chunk + 1) * CHUNK]
+        count = len(inside)
+        _gather_states(Bs, B, b, inside)
+        _gather_states(Cs, C, b, inside)
         dBs[:] = 0
         dCs[:] = 0
         for channel in range(first, last, LANES):
-            _gather(dt, delta, b, channel, places)
-            _gather(v, u, b, channel, places)
-            _gather(dy, grad, b, channel, places)
+            _gather(dt, delta, b, channel, inside)
+            _gather(v, u, b, channel, inside)
+            _gather(dy, grad, b, channel, targets[chunk * CHUNK : (chunk + 1) * CHUNK])
             for t in range(count):
                 step, value = load(dt, t) + load(bias, (channel,)), load(v, t)
                 store(slope, t, one)
@@ -243,7 +243,7 @@ def backward(
                 store(dx, t, zero)
                 store(ddt, t, zero)
             if with_gate:  # y = out silu(z): keep grad silu'(z) until `out` is known
-                _gather(gates, z, b, channel, places)
+                _gather(gates, z, b, channel, inside)
                 for t in range(count):
                     gate, outer = load(gates, t), load(dy, t)
                     s = sigmoid(gate)
@@ -251,11 +251,11 @@ def backward(
                     store(dy, t, outer * gate * s)
 
             for n in range(nstates):
-                row, lane = n // LANES * CHUNK, n % LANES
-                h = load(states, (b, chunk * nstates + n, channel))
+                group, lane = n // LANES * CHUNK, n % LANES
+                h = load(states, (b, row + chunk * nstates + n, channel))
                 carry, share = _adjoint(
                     load(rates, (n, channel)), h, load(carries, (b, n, channel)), lane,
-                    dt[:count], x, Bs[row:], Cs[row:], dy, dx, ddt, hs, decays, qs,
+                    dt[:count], x, Bs[group:], Cs[group:], dy, dx, ddt, hs, decays, qs,
                 )  # fmt: skip
                 for t in range(0, count, LANES):
                     k = (n * CHUNK + t) // LANES
@@ -265,7 +265,7 @@ def backward(
                 store(dA, (b, n, channel), load(dA, (b, n, channel)) + share)
                 if with_gate:
                     for t in range(count):
-                        weight = spread(Cs, row + t, lane)
+                        weight = spread(Cs, group + t, lane)
                         store(out, t, fma(load(hs, t + 1), weight, load(out, t)))
 
             dD_share, dbias_share = zero, zero
@@ -279,16 +279,16 @@ def backward(
                 store(out, t, load(out, t) * load(gates, t))
             store(dD, (b, channel), load(dD, (b, channel)) + dD_share)
             store(dbias, (b, channel), load(dbias, (b, channel)) + dbias_share)
-            _scatter(du, dx, b, channel, places)
-            _scatter(ddelta, ddt, b, channel, places)
+            _scatter(du, dx, b, channel, inside)
+            _scatter(ddelta, ddt, b, channel, inside)
             if with_gate:
-                _scatter(dz, out, b, channel, places)
+                _scatter(dz, out, b, channel, inside)
 
         for n in range(nstates):
             for t in range(count):
                 k = n * CHUNK + t
-                dB[b, n, places[t]] = dBs[k // LANES, k % LANES]
-                dC[b, n, places[t]] = dCs[k // LANES, k % LANES]
+                dB[b, n, inside[t]] = dBs[k // LANES, k % LANES]
+                dC[b, n, inside[t]] = dCs[k // LANES, k % LANES]
 
 
 def conv_tiles(taps: int) -> list[tuple[int, int]]:
@@ -305,61 +305,71 @@ def _history(x_rows, x, b, channel, order, start, stop, taps):
 
 
 @_kernel(
-    _sequence, _per_state, _channels, int64[::1], _tiles(3), _sequence, int64, int64, int64,
+    _sequence, _per_state, _channels, int64[::1], int64, int64[::1], _tiles(3), _sequence, int64, int64,
+    int64,
 )  # fmt: skip
-def conv_forward(x, weights, bias, order, tiles, y, b, first, last):
-    """Y = silu(causal convolution of x in the order's sequence); weights (taps, P), the last for now."""
+def conv_forward(x, weights, bias, order, begin, places, tiles, u, b, first, last):
+    """Convolve and apply SiLU, for as many steps of the order from `begin` on as there are `places`.
+
+    The step `begin + t` goes to places[t]. weights (taps, P), the last for the token itself.
+    """
     taps = len(weights)
     x_rows, out, _ = tiles
-    for start in range(0, len(order), CHUNK):
-        places = order[start : start + CHUNK]
+    for start in range(0, len(places), CHUNK):
+        inside = places[start : start + CHUNK]
+        stop = begin + start + len(inside)
         for channel in range(first, last, LANES):
-            _history(x_rows, x, b, channel, order, start, start + len(places), taps)
-            for t in range(len(places)):
+            _history(x_rows, x, b, channel, order, begin + start, stop, taps)
+            for t in range(len(inside)):
                 value = load(bias, (channel,))
                 for k in range(taps):
                     value = fma(load(weights, (k, channel)), load(x_rows, t + k), value)
                 store(out, t, value * sigmoid(value))
-            _scatter(y, out, b, channel, places)
+            _scatter(u, out, b, channel, inside)
 
 
 @_kernel(
-    _sequence, _per_state, _channels, int64[::1], _tiles(3), _sequence, _sequence, _states, _per_state,
-    int64, int64, int64,
+    _sequence, _per_state, _channels, int64[::1], int64, int64[::1], _tiles(3), _sequence, _sequence,
+    _states, _per_state, int64, int64, int64,
 )  # fmt: skip
-def conv_backward(x, weights, bias, order, tiles, grad, dx, dweights, dbias, b, first, last):
-    """Gradients; the sums dweights (B, taps, P) and dbias (B, P) begin as zeros.
+def conv_backward(
+    x, weights, bias, order, begin, places, tiles, du, dx, dweights, dbias, b, first, last
+):
+    """Gradients of `conv_forward` for its steps; the sums dweights (B, taps, P) and dbias (B, P) are added to.
 
-    A token's dx needs the pre-activation's gradient of itself and of the `taps - 1` tokens after it.
+    A token's dx needs du of the `taps - 1` steps after it, too: they follow at the end of `places`, as far as
+    the order has them.
     """
     taps = len(weights)
     x_rows, g, out = tiles
     one = broadcast(_ONE)
-    for start in range(0, len(order), CHUNK):
-        places = order[start : start + CHUNK]
-        stop = min(start + CHUNK + taps - 1, len(order))
+    steps = len(places) - (taps - 1)
+    for start in range(0, steps, CHUNK):
+        now = begin + start
+        count = min(CHUNK, steps - start)
+        known = min(count + taps - 1, len(order) - now)
         for channel in range(first, last, LANES):
-            _history(x_rows, x, b, channel, order, start, stop, taps)
-            _gather(g, grad, b, channel, order[start:stop])
-            g[stop - start : len(places) + taps - 1] = 0
-            for t in range(stop - start):
+            _history(x_rows, x, b, channel, order, now, now + known, taps)
+            _gather(g, du, b, channel, places[start : start + known])
+            g[known : count + taps - 1] = 0
+            for t in range(known):
                 value = load(bias, (channel,))
                 for k in range(taps):
                     value = fma(load(weights, (k, channel)), load(x_rows, t + k), value)
                 s = sigmoid(value)
                 store(g, t, load(g, t) * s * fma(value, one - s, one))
-            for t in range(len(places)):
+            for t in range(count):
                 value = broadcast(_ZERO)
                 for k in range(taps):
                     value = fma(load(weights, (k, channel)), load(g, t + taps - 1 - k), value)
                 store(out, t, value)
-            _scatter(dx, out, b, channel, places)
+            _scatter(dx, out, b, channel, order[now : now + count])
             share = load(dbias, (b, channel))
-            for t in range(len(places)):
+            for t in range(count):
                 share = share + load(g, t)
             store(dbias, (b, channel), share)
             for k in range(taps):
                 share = load(dweights, (b, k, channel))
-                for t in range(len(places)):
+                for t in range(count):
                     share = fma(load(g, t), load(x_rows, t + k), share)
                 store(dweights, (b, k, channel), share)

@@ -1,17 +1,18 @@
 """What surrounds a scan in Mamba: causal convolution, projections, scan (Gu and Dao 2023, figure 3).
 
 `mamba_mixer` is the composition as Mamba defines it. On the CPU, in float32, the operator
-`srlib::fused_mixer` computes the same in the scan's own way: tokens are read and written where they lie
-instead of in a permuted copy (measured: a permuted copy of input and output costs as much as the
-convolution itself), and all between the input and the scan's states is computed again in the backward
-pass instead of stored.
+`srlib::fused_mixer` computes the same in the scan's own way. It goes along the order of visit in
+stretches whose inner tensors stay in the cache: tokens are read and written where they lie, so that no
+permuted copy is made, and between its input and the states nothing of the sequence's length is ever
+stored - a stretch is computed again in the backward pass.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu
 from .choice import backends
-from .inputs import Options, ScanInputs
+from .inputs import ScanInputs
 from .operator import define, scan_backward_flops, scan_flops, selective_scan
 from .orders import token_order
+
+STRETCH = 2**19  # elements of an inner tensor, 2 MiB; about seven are in use
 
 logger = logging.getLogger("srlib.scan")
 
@@ -67,8 +70,7 @@ def mamba_mixer(
     visited = x[:, tokens].transpose(1, 2)  # (B, L, E) -> (B, E, L) in the order of visit
     u = _causal_conv()(visited, conv_weight, conv_bias)
     dt, B, C = F.linear(u.transpose(1, 2), x_proj).split(_sizes(dt_proj, A), dim=-1)
-    delta = F.linear(dt, dt_proj)
-    delta, B, C = (t.transpose(1, 2) for t in (delta, B, C))
+    delta, B, C = (t.transpose(1, 2) for t in (F.linear(dt, dt_proj), B, C))
     y = selective_scan(u, delta, A, B, C, D, delta_bias=dt_bias)
     return y.new_empty(x.shape).index_copy(1, tokens, y.transpose(1, 2))
 
@@ -80,7 +82,7 @@ def _sizes(dt_proj: Tensor, A: Tensor) -> list[int]:
 
 @functools.cache
 def _causal_conv() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Silu of the causal depthwise convolution: causal-conv1d's kernel, on CUDA where it is installed."""
+    """The causal convolution with SiLU by causal-conv1d's kernel where it is installed, or by torch."""
     if torch.cuda.is_available():
         try:
             from causal_conv1d import causal_conv1d_fn
@@ -97,19 +99,32 @@ def _torch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.conv1d(padded, weight[:, None], bias, groups=channels))
 
 
-class _Parts:
-    """What the fused mixer computes between its input and the scan; the scan's view is (B, E, L)."""
+class _Stretches:
+    """The fused mixer's way along its order of visit."""
 
-    def __init__(self, x: Tensor, weights: Sequence[Tensor], order: str, nslices: int) -> None:
-        self.conv_weight, self.conv_bias, self.x_proj, self.dt_proj, dt_bias, A, D = weights
-        self.options = Options(True, order, nslices)
-        self.x = x.transpose(1, 2)
-        self.u = cpu.causal_conv(self.x, self.conv_weight, self.conv_bias, self.options)
-        rows = F.linear(self.u.transpose(1, 2), self.x_proj)  # (B, L, R + 2 N)
-        self.dt, B, C = rows.split(_sizes(self.dt_proj, A), dim=-1)
-        delta = F.linear(self.dt, self.dt_proj)
-        delta, B, C = (t.transpose(1, 2) for t in (delta, B, C))
-        self.inputs = ScanInputs(self.u, delta, A, B, C, D, None, dt_bias)
+    def __init__(
+        self, x: Tensor, x_proj: Tensor, dt_proj: Tensor, order: str, nslices: int
+    ) -> None:
+        self.x = x.detach().transpose(1, 2)  # (B, E, L), as convolution and scan see a sequence
+        self.x_proj, self.dt_proj = x_proj, dt_proj
+        self.order = cpu.order_table(order, x.shape[1], nslices)
+        self.chunks = max(1, STRETCH // (x.shape[0] * x.shape[2] * cpu.chunk_length()))
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """First step, number of steps and first chunk of each stretch."""
+        step = self.chunks * cpu.chunk_length()
+        for i, begin in enumerate(range(0, len(self.order), step)):
+            yield begin, min(step, len(self.order) - begin), i * self.chunks
+
+    def scan_inputs(
+        self, conv: cpu.ConvPass, begin: int, count: int, A: Tensor, D: Tensor, bias: Tensor
+    ) -> tuple[ScanInputs, Tensor]:
+        """What the scan reads in a stretch, in the order of visit; the step sizes of rank R."""
+        u = self.x.new_empty(len(self.x), count, self.x.shape[1])
+        conv.forward(begin, cpu.order_table("forward", count, 1), u.transpose(1, 2))
+        dt, B, C = F.linear(u, self.x_proj).split(_sizes(self.dt_proj, A), dim=-1)
+        u, delta, B, C = (t.transpose(1, 2) for t in (u, F.linear(dt, self.dt_proj), B, C))
+        return ScanInputs(u, delta, A, B, C, D, None, bias), dt
 
 
 @define("fused_mixer")
@@ -127,11 +142,16 @@ def fused_mixer(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor]:
     """`mamba_mixer` on the CPU in float32, and the states that its backward pass starts from."""
-    weights = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
-    parts = _Parts(x, weights, order, nslices)
-    states = x.new_empty(cpu.states_shape(parts.u, A) if keep_states else (0,))
-    y = cpu.forward(parts.inputs, parts.options, states)
-    return y.transpose_(1, 2), states  # in place: a view could not be added to
+    way = _Stretches(x, x_proj, dt_proj, order, nslices)
+    states = x.new_empty(cpu.states_shape(way.x, A) if keep_states else (0,))
+    y = torch.empty_like(x)
+    conv = cpu.ConvPass(way.x, conv_weight, conv_bias, way.order)
+    scan = cpu.ScanPass(way.x, A, D, dt_bias, states)
+    for begin, count, chunk in way:
+        inputs, _ = way.scan_inputs(conv, begin, count, A, D, dt_bias)
+        places = cpu.order_table("forward", count, 1)
+        scan.forward(inputs, places, way.order[begin : begin + count], chunk, y.transpose(1, 2))
+    return y, states
 
 
 @define("fused_mixer_backward")
@@ -150,31 +170,45 @@ def fused_mixer_backward(
     nslices: int,
 ) -> list[Tensor]:
     """Gradients of the eight tensor arguments of `fused_mixer`, in their order."""
-    weights = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
-    parts = _Parts(x, weights, order, nslices)
-    scan = cpu.backward(parts.inputs, parts.options, states, grad.transpose(1, 2))
-    d_delta, dB, dC = (scan[name].transpose(1, 2) for name in ("delta", "B", "C"))
-    d_rows = torch.cat([d_delta @ dt_proj, dB, dC], dim=-1).flatten(0, 1)  # (B L, R + 2 N)
-    d_dt_proj = d_delta.flatten(0, 1).T @ parts.dt.flatten(0, 1)
-    d_x_proj = d_rows.T @ parts.u.transpose(1, 2).flatten(0, 1)
-    d_u = scan["u"].transpose(1, 2)
-    d_u.flatten(0, 1).addmm_(d_rows, x_proj)
-    dx, d_weight, d_bias = cpu.causal_conv_backward(
-        d_u.transpose(1, 2), parts.x, conv_weight, conv_bias, parts.options
-    )
-    projections = (d_x_proj, d_dt_proj, scan["delta_bias"])
-    return [dx.transpose(1, 2), d_weight, d_bias, *projections, scan["A"], scan["D"]]
+    way = _Stretches(x, x_proj, dt_proj, order, nslices)
+    grad = grad.detach().transpose(1, 2)
+    d_x_proj, d_dt_proj = torch.zeros_like(x_proj), torch.zeros_like(dt_proj)
+    conv = cpu.ConvPass(way.x, conv_weight, conv_bias, way.order)
+    conv_back = cpu.ConvPass(way.x, conv_weight, conv_bias, way.order, backward=True)
+    scan = cpu.ScanPass(way.x, A, D, dt_bias, states, backward=True)
+    overlap = conv_weight.shape[1] - 1
+    after = x.new_zeros(len(x), overlap, x.shape[2])  # du of the steps after a stretch
+    for begin, count, chunk in reversed(list(way)):
+        inputs, dt = way.scan_inputs(conv, begin, count, A, D, dt_bias)
+        places = cpu.order_table("forward", count + overlap, 1)
+        du = x.new_empty(len(x), count + overlap, x.shape[2])
+        du[:, count:] = after
+        targets = way.order[begin : begin + count]
+        back = scan.backward(
+            inputs, places[:count], targets, chunk, grad, du[:, :count].transpose(1, 2)
+        )
+        d_delta, dB, dC = (back[name].transpose(1, 2) for name in ("delta", "B", "C"))
+        d_rows = torch.cat([d_delta @ dt_proj, dB, dC], dim=-1)  # (B, stretch, R + 2 N)
+        du[:, :count] += d_rows @ x_proj
+        d_dt_proj += torch.einsum("bte,btr->er", d_delta, dt)
+        d_x_proj += torch.einsum("btr,bet->re", d_rows, inputs.u)
+        conv_back.backward(begin, places, du.transpose(1, 2))
+        after = du[:, :overlap]
+    d_weight, d_bias = conv_back.sums()
+    sums = scan.sums()
+    projections = (d_x_proj, d_dt_proj, sums["delta_bias"])
+    return [conv_back.dx.transpose_(1, 2), d_weight, d_bias, *projections, sums["A"], sums["D"]]
 
 
 @torch.library.register_fake("srlib::fused_mixer")
 def _fake(x, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, order, nslices, keep_states):  # type: ignore[no-untyped-def]
     shape = cpu.states_shape(x.transpose(1, 2), A) if keep_states else (0,)
-    return x.new_empty(x.shape), x.new_empty(shape)
+    return torch.empty_like(x), x.new_empty(shape)
 
 
 @torch.library.register_fake("srlib::fused_mixer_backward")
 def _backward_fake(grad, states, x, *rest):  # type: ignore[no-untyped-def]
-    return [t.new_empty(t.shape) for t in (x, *rest[:-2])]
+    return [torch.empty_like(x), *(t.new_empty(t.shape) for t in rest[:-2])]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -191,20 +225,18 @@ def _gradient(ctx, grad, _):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("srlib::fused_mixer", _gradient, setup_context=_setup_context)
 
 
+def _weights(x, conv_weight, conv_bias, x_proj, dt_proj, *_) -> int:  # type: ignore[no-untyped-def]
+    """Products of tokens' channels with weights before the scan."""
+    return math.prod(x) * (conv_weight[1] + x_proj[0] + dt_proj[1])
+
+
 @register_flop_formula(fused_mixer)
-def _flops(x, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    """The scan's, and a product and a sum for each weight that a token's channel meets before it."""
-    batch, length, width = x
-    weights = conv_weight[1] + x_proj[0] + dt_proj[1]
-    return 2 * batch * length * width * weights + scan_flops((batch, width, length), A, D=True)
+def _flops(*shapes, **_) -> int:  # type: ignore[no-untyped-def]
+    """The scan's, and a product and a sum for each weight before it."""
+    return 2 * _weights(*shapes) + scan_flops(shapes[0], shapes[6], D=True)
 
 
 @register_flop_formula(fused_mixer_backward)
-def _backward_flops(
-    grad, states, x, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, *_, **__
-) -> int:  # type: ignore[no-untyped-def]
+def _backward_flops(grad, states, *shapes, **_) -> int:  # type: ignore[no-untyped-def]
     """The scan's, and three times the rest: computed again, then by its inputs and by its weights."""
-    batch, length, width = x
-    weights = conv_weight[1] + x_proj[0] + dt_proj[1]
-    scan = scan_backward_flops((batch, width, length), A, D=True)
-    return 6 * batch * length * width * weights + scan
+    return 6 * _weights(*shapes) + scan_backward_flops(shapes[0], shapes[6], D=True)
