@@ -13,7 +13,7 @@
 #   ./run_all.sh test                 the tests, and the notebooks in the smoke profile
 #   ./run_all.sh verify               compare the last run's tables with the repository's
 #   ./run_all.sh lab                  JupyterLab on the notebooks
-#   ./run_all.sh info | data | bench  the other commands of "python -m srlib"; each has -h
+#   ./run_all.sh info | data          the other commands of "python -m srlib"; each has -h
 #
 # Results go to results/<profile>/<dataset>/. It uses the active Python environment when everything in
 # pyproject.toml is installed there; otherwise it makes .venv from requirements.lock, once.

@@ -22,9 +22,7 @@ app = typer.Typer(
 )
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 data_app = typer.Typer(help="List, get and check data sets.", no_args_is_help=True)
-bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-app.add_typer(bench_app, name="bench")
 
 Profile = Annotated[str, typer.Option(help="How much is computed: smoke, default or full.")]
 DatasetOption = Annotated[str, typer.Option("--dataset", help="Name of a data set.")]
@@ -161,14 +159,6 @@ def data_check(name: DatasetName) -> None:
 
     _checked(lambda: data.check(name))
     typer.echo(f"{name}: {len(data.case_ids(name))} cases, all in order")
-
-
-@bench_app.command("scan")
-def bench_scan() -> None:
-    """Time and memory of the selective scan's back ends on this machine."""
-    from srlib import bench
-
-    bench.scan()
 
 
 def _place(name: str) -> str:

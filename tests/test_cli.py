@@ -77,7 +77,7 @@ def test_run_all_help_names_every_option_and_command_without_an_environment(tmp_
     assert result.returncode == 0
     commands = typer.main.get_command(__main__.app).commands
     options = {option for p in commands["collection"].params for option in p.opts}
-    for name in (*options, "test", "lab", "info", "data", "bench"):
+    for name in (*options, "test", "lab", "info", "data"):
         assert name in result.stdout
     assert not (paths.ROOT / ".venv" / "none").exists()
 
