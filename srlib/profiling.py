@@ -50,8 +50,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from srlib.baselines import Padded, build, with_checkpoints
 
 GIB = 2**30
-# Names of torch's memory tracker for what these parts hold.
-TRACKED = {
+TRACKED = {  # what torch's memory tracker calls them -> part
     "Parameter": "weights",
     "Buffer": "weights",
     "Gradient": "gradients",
@@ -223,7 +222,8 @@ class _Stages:
             module.register_forward_hook(lambda *_, name=name: self._note(name, 1))
 
     def _note(self, name: str, sign: int) -> None:
-        self.kept[name] += sign * self.tracker.parts()["activations"]
+        if torch._C._current_graph_task_id() == -1:  # not in a backward pass that computes again
+            self.kept[name] += sign * self.tracker.parts()["activations"]
 
     def table(self, flops: dict[str, dict]) -> pd.DataFrame:
         """A row for each module."""
