@@ -363,11 +363,11 @@ def measure_apart(
         What `measure` does or, when it failed, `failed`: how far it got and why.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # one import of torch serves all fresh processes
+    context.set_forkserver_preload([__name__])  # torch is imported once for all
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(work, device, steps, limit, sender))
-    with patch.dict(os.environ, {"KINETO_LOG_LEVEL": "99"}):  # torch's profiler says that it starts
-        process.start()
+    with patch.dict(os.environ, KINETO_LOG_LEVEL="99", TORCH_CPP_LOG_LEVEL="ERROR"):
+        process.start()  # with torch's profiler quiet
     sender.close()
     phase, result = "starting", None
     with suppress(EOFError):  # raised when the child has ended
