@@ -372,6 +372,7 @@ def _write_page(executed: Path) -> None:
 
     resources = {"metadata": {"name": executed.stem}}
     html, _ = HTMLExporter().from_notebook_node(with_alt_text(_read(executed)), resources)
+    html = re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', html)  # page links to page
     with paths.atomic_path(executed.with_suffix(".html")) as temporary:
         temporary.write_text(html, encoding="utf-8")
 

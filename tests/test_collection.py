@@ -25,10 +25,13 @@ folder.mkdir(parents=True, exist_ok=True)
 """
 
 
+LINK = "[next](01_second.ipynb)"
+
+
 def write_notebook(folder: Path, name: str, *cells: str, parameters: str = PARAMETERS) -> Path:
     """A notebook with a heading, a parameters cell and code cells."""
     tagged = new_code_cell(parameters, metadata={"tags": ["parameters"]})
-    notebook = new_notebook(cells=[new_markdown_cell(f"# About {name}"), tagged])
+    notebook = new_notebook(cells=[new_markdown_cell(f"# About {name}\n\n{LINK}"), tagged])
     notebook.cells += [new_code_cell(cell) for cell in cells]
     notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "any"}
     path = folder / f"{name}.ipynb"
@@ -85,7 +88,9 @@ def test_run_executes_from_the_source_and_writes_everything_down(
     }
     log = (folder / "00_first.log").read_text()
     assert log == f"smoke mni152 False smoke\n{sys.executable}\n"
-    assert "About 00_first" in (folder / "00_first.html").read_text()
+    page = (folder / "00_first.html").read_text()
+    assert "About 00_first" in page
+    assert 'href="01_second.html"' in page
     assert source.read_bytes() == before
     manifest = json.loads((results / "manifest.json").read_text())
     entry = manifest["notebooks"]["00_first"]
