@@ -177,13 +177,13 @@ def test_interrupt_stops_within_seconds_and_keeps_what_is_finished(notebooks, tm
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(notebooks)], cwd=ROOT)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not marker.exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) != 0
+        assert process.wait(timeout=60) != 0
     finally:
         process.kill()
     assert set(plan(notebooks).manifest["notebooks"]) == {"00_first"}
