@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,11 +38,7 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
     return "" if device.type == "cpu" else f"cpu needs tensors on the CPU, got {device.type}"
 
 
-def chunk_length() -> int:
-    """Tokens in a chunk."""
-    from .kernels import CHUNK
-
-    return CHUNK
+MOST_TAPS = 4  # that the kernels' causal convolution has
 
 
 def states_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
@@ -66,26 +63,36 @@ def order_table(order: str, length: int, nslices: int) -> np.ndarray:
     return token_order(order, length, nslices).numpy()
 
 
-def _work_tiles(layout: list[tuple[int, int]], lanes: int) -> tuple[np.ndarray, ...]:
-    """Zeroed tiles of (rows, 16 lanes), each at its place, in cache lines, after a multiple of 4 KiB.
+class _Tiles(threading.local):
+    """Each thread's tiles of (rows, 16 lanes), kept for its next tasks."""
 
-    A processor takes a load to depend on a recent store when their addresses agree modulo 4 KiB. The
-    places keep what a kernel reads next away from what it has just written: half the time of a scan.
-    """
-    page = 4096 // (4 * lanes)  # in rows, which are cache lines
-    starts, end = [], 0
-    for rows, place in layout:
-        starts.append(-(-end // page) * page + place)
-        end = starts[-1] + rows
-    scratch = torch.zeros(end + page, lanes).numpy()
-    scratch = scratch[-scratch.ctypes.data % 4096 // (4 * lanes) :]  # torch aligns to 64 bytes
-    return tuple(
-        scratch[start : start + rows] for start, (rows, _) in zip(starts, layout, strict=True)
-    )
+    def __init__(self) -> None:
+        self.get = functools.lru_cache(maxsize=8)(self._make)
+
+    @staticmethod
+    def _make(lanes: int, *layout: tuple[int, int]) -> tuple[np.ndarray, ...]:
+        """Tiles of so many rows, each at its place, in cache lines, after a multiple of 4 KiB.
+
+        A processor takes a load to depend on a recent store when their addresses agree modulo 4 KiB.
+        The places keep what a kernel reads next away from what it has just written.
+        """
+        page = 4096 // (4 * lanes)  # in rows, which are cache lines
+        starts, end = [], 0
+        for rows, place in layout:
+            starts.append(-(-end // page) * page + place)
+            end = starts[-1] + rows
+        scratch = torch.zeros(end + page, lanes).numpy()
+        scratch = scratch[-scratch.ctypes.data % 4096 // (4 * lanes) :]  # torch aligns to 64 bytes
+        return tuple(
+            scratch[start : start + rows] for start, (rows, _) in zip(starts, layout, strict=True)
+        )
+
+
+_tiles = _Tiles()
 
 
 class _Threads:
-    """Who does what in a scan: each worker a sequence and a group of its channels, with tiles of its own."""
+    """Who does what in a scan: each worker a sequence and a group of its channels."""
 
     def __init__(
         self, batch: int, channels: int, layout: list[tuple[int, int]], lanes: int
@@ -94,20 +101,26 @@ class _Threads:
         self.groups = min(blocks, -(-torch.get_num_threads() // batch))
         bounds = [g * blocks // self.groups * lanes for g in range(self.groups + 1)]
         self.shares = [
-            (_work_tiles(layout, lanes), group, b, bounds[group], bounds[group + 1])
+            (group, b, bounds[group], bounds[group + 1])
             for b in range(batch)
             for group in range(self.groups)
         ]
+        self.others = range(1, self.groups)
+        self.tiles = functools.partial(_tiles.get, lanes, *layout)
 
     def run(self, task: Callable[..., None]) -> None:
-        """`task(tiles, group, sequence, first channel, last channel)` for all; the caller's thread helps."""
+        """`task(tiles, group, sequence, first channel, last channel)` for all; the caller helps."""
+
+        def work(share: tuple[int, ...]) -> None:
+            task(self.tiles(), *share)
+
         if torch.get_num_threads() == 1 or len(self.shares) == 1:
             for share in self.shares:
-                task(*share)
+                work(share)
             return
         pool = _pool(os.getpid(), torch.get_num_threads())
-        pending = [pool.submit(task, *share) for share in self.shares[:-1]]
-        task(*self.shares[-1])
+        pending = [pool.submit(work, share) for share in self.shares[:-1]]
+        work(self.shares[-1])
         for result in pending:
             result.result()
 
@@ -183,34 +196,28 @@ class ScanPass:
         targets: np.ndarray,
         chunk: int,
         grad: Tensor,
-        du: Tensor,
-    ) -> Gradients:
-        """The same steps backwards: gradients of u, delta, B, C and z, that of u in `du`."""
+        out: Gradients,
+    ) -> None:
+        """The same steps backwards: fill `out`, the gradients of u, delta, B, C and z."""
         arguments = self._arguments(inputs, places, targets)
-        like = functools.partial(torch.empty_like, dtype=torch.float32)
-        groups = range(self.threads.groups)
-        ddelta, dz = like(inputs.delta), like(inputs.u[:0] if inputs.z is None else inputs.z)
-        dB, dC = [like(inputs.B) for _ in groups], [like(inputs.C) for _ in groups]
-        row = chunk * self.nstates
-        states, carries, *sums = (
-            t.numpy() for t in (self.states, self.carries, self.dA, self.dD, self.dbias)
-        )
+        shares = [[torch.empty_like(t) for t in (out["B"], out["C"])] for _ in self.threads.others]
+        sums = (self.dA, self.dD, self.dbias)
 
         def task(tiles: tuple, group: int, *share: int) -> None:
-            results = (t.numpy() for t in (du, ddelta, dB[group], dC[group], dz))
-            self.kernel(
-                *arguments, tiles, grad.numpy(), states, row, carries, *results, *sums, *share
-            )
+            dB, dC = shares[group - 1] if group else (out["B"], out["C"])
+            tensors = (out["u"], out["delta"], dB, dC, out["z"], *sums)
+            kernel_sums = (self.carries.numpy(), *(t.numpy() for t in tensors))
+            state = (self.states.numpy(), chunk * self.nstates)
+            self.kernel(*arguments, tiles, grad.numpy(), *state, *kernel_sums, *share)
 
         self.threads.run(task)
-        results = {"u": du, "delta": ddelta, "z": dz}
-        return results | {
-            name: functools.reduce(Tensor.add_, shares) for name, shares in (("B", dB), ("C", dC))
-        }
+        for dB, dC in shares:
+            out["B"] += dB
+            out["C"] += dC
 
     def sums(self) -> Gradients:
         """Gradients of A, D and delta_bias, after the backward pass."""
-        dA = self.dA.sum(0)[:, : self.channels].T.contiguous()
+        dA = self.dA.sum(0)[:, : self.channels].T.clone(memory_format=torch.contiguous_format)
         dD, dbias = (t.sum(0)[: self.channels] for t in (self.dD, self.dbias))
         return {"A": dA, "D": dD, "delta_bias": dbias}
 
@@ -231,12 +238,14 @@ def backward(inputs: ScanInputs, options: Options, states: Tensor, grad: Tensor)
     if inputs.u.dtype == torch.float64:
         return chunked.backward(inputs, options, states, grad)
     order = order_table(options.order, grad.shape[2], options.nslices)
-    du = torch.empty_like(inputs.u, dtype=torch.float32)
+    out = {name: torch.empty_like(t, dtype=torch.float32) for name, t in inputs.sequences().items()}
+    out.setdefault("z", torch.empty(0, 0, 0))
     parameters = (inputs.A, inputs.D, inputs.delta_bias)
-    scan = ScanPass(du, *parameters, states, options.delta_softplus, backward=True)
-    results = scan.backward(inputs, order, order, 0, grad.detach().float(), du) | scan.sums()
+    scan = ScanPass(inputs.u, *parameters, states, options.delta_softplus, backward=True)
+    scan.backward(inputs, order, order, 0, grad.detach().float(), out)
+    results = out | scan.sums()
     return {
-        name: results[name].to(t.dtype) if name != "A" else torch.empty_like(t).copy_(results[name])
+        name: torch.empty_like(t).copy_(results[name]) if name == "A" else results[name].to(t.dtype)
         for name, t in inputs.given().items()
     }
 
@@ -250,10 +259,12 @@ class ConvPass:
         from . import kernels
 
         self.x, self.order, self.channels = x.detach(), order, len(bias)
-        self.weights, self.bias = (_padded(t, kernels.LANES) for t in (weight.T, bias))
+        self.taps = weight.shape[1]
+        weights = F.pad(weight.T, (0, 0, kernels.TAPS - self.taps, 0))
+        self.weights, self.bias = (_padded(t, kernels.LANES) for t in (weights, bias))
         self.kernel = (kernels.conv_backward if backward else kernels.conv_forward).compiled
-        layout = kernels.conv_tiles(weight.shape[1])
-        self.threads = _Threads(*x.shape[:2], layout, kernels.LANES)
+        self.threads = _Threads(*x.shape[:2], kernels.CONV_TILES, kernels.LANES)
+        self.overlap = kernels.TAPS - 1
         if backward:
             self.dx = torch.empty_like(self.x)
             self.dweights, self.dbias = (
@@ -274,10 +285,12 @@ class ConvPass:
         self._run(begin, places, u)
 
     def backward(self, begin: int, places: np.ndarray, du: Tensor) -> None:
-        """Adds to the sums and fills `dx` at the steps' tokens; du has `taps - 1` more steps."""
+        """Adds to the sums and fills `dx` at the steps' tokens; du has `overlap` more steps."""
         self._run(begin, places, du, self.dx, self.dweights, self.dbias)
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """Gradients of weight and bias."""
-        weights = self.dweights.sum(0)[:, : self.channels].T.contiguous()
+        weights = self.dweights.sum(0)[-self.taps :, : self.channels].T.clone(
+            memory_format=torch.contiguous_format
+        )
         return weights, self.dbias.sum(0)[: self.channels]

@@ -35,6 +35,7 @@ from . import simd
 from .simd import LANES, broadcast, dots, exp2, fma, load, sigmoid, softplus, spread, store
 
 CHUNK = 64  # tokens; eight tiles of 64 x 16 float32 fill a 32 KiB cache
+TAPS = 4  # of the causal convolution; fewer are padded with zeros
 
 _OPTIONS = {"error_model": "numpy", "boundscheck": False, "nogil": True}
 _ZERO, _ONE, _LN2 = np.float32(0), np.float32(1), np.float32(math.log(2))
@@ -103,6 +104,19 @@ def _scatter(target, tile, b, channel, places):
 
 
 @_helper
+def _scatter_tokens(target, sums, b, n, places):
+    """target[b, n, places[t]] = the t-th of CHUNK floats that begin in row n * CHUNK // 16 of `sums`."""
+    count = len(places)
+    row = n * CHUNK // LANES
+    if count == CHUNK and target.strides[2] == 4 and places[count - 1] - places[0] == count - 1:
+        for k in range(CHUNK // LANES):
+            store(target, (b, n, places[0] + k * LANES), load(sums, row + k))
+    else:
+        for t in range(count):
+            target[b, n, places[t]] = sums[row + t // LANES, t % LANES]
+
+
+@_helper
 def _gather_states(tile, source, b, places):
     """All of B or C at the places: state n of token t is at [n // 16 * CHUNK + t, n % 16]."""
     for n in range(0, source.shape[1], LANES):
@@ -137,13 +151,14 @@ def forward(
         for channel in range(first, last, LANES):
             _gather(dt, delta, b, channel, inside)
             _gather(x, u, b, channel, inside)
+            D, offset = load(skip, (channel,)), load(bias, (channel,))
             for t in range(len(inside)):
-                step, value = load(dt, t) + load(bias, (channel,)), load(x, t)
+                step, value = load(dt, t) + offset, load(x, t)
                 if with_softplus:
                     step = softplus(step)
                 store(dt, t, step)
                 store(x, t, step * value)
-                store(out, t, load(skip, (channel,)) * value)
+                store(out, t, D * value)
 
             for n in range(nstates):
                 group, lane = n // LANES * CHUNK, n % LANES
@@ -164,7 +179,7 @@ def forward(
 
 
 @_helper
-def _adjoint(rate, h, carry, lane, dt, x, Bs, Cs, dy, dx, ddt, hs, decays, qs):
+def _adjoint(rate, h, carry, lane, dt, x, Bs, Cs, dy, dx, ddt, hs, decays):
     """One state through a chunk: forwards from `h`, then backwards from `carry`.
 
     With q[t] the loss's derivative by h[t], and `carry` = exp(dt[t+1] A) q[t+1] from the token after:
@@ -173,7 +188,7 @@ def _adjoint(rate, h, carry, lane, dt, x, Bs, Cs, dy, dx, ddt, hs, decays, qs):
         carry = exp(dt A) q,   ddt += (carry h[t-1]) A,   dA += (carry h[t-1]) dt
 
     Returns `carry` for the chunk before, and this chunk's share of dA. Leaves h[t] in `hs[t + 1]` and q
-    in `qs`, for dB and dC.
+    in place of the decays, for dB and dC.
     """
     store(hs, 0, h)
     for t in range(len(dt)):
@@ -184,9 +199,9 @@ def _adjoint(rate, h, carry, lane, dt, x, Bs, Cs, dy, dx, ddt, hs, decays, qs):
     dA = broadcast(_ZERO)
     for t in range(len(dt) - 1, -1, -1):
         q = fma(load(dy, t), spread(Cs, t, lane), carry)
-        store(qs, t, q)
-        store(dx, t, fma(q, spread(Bs, t, lane), load(dx, t)))
         carry = q * load(decays, t)
+        store(decays, t, q)
+        store(dx, t, fma(q, spread(Bs, t, lane), load(dx, t)))
         by_exponent = carry * load(hs, t)
         store(ddt, t, fma(by_exponent, rate, load(ddt, t)))
         dA = fma(by_exponent, load(dt, t), dA)
@@ -199,13 +214,13 @@ def backward_tiles(nstates: int) -> list[tuple[int, int]]:
     sums = nstates * CHUNK // LANES
     return [
         *[(CHUNK, 0)] * 4, (CHUNK, 56), (CHUNK, 57), (CHUNK, 58), (groups, 59), (groups, 60),
-        (CHUNK + 1, 27), (CHUNK, 28), (CHUNK, 0), (CHUNK, 32), (CHUNK, 5), (sums, 0), (sums, 0),
+        (CHUNK + 1, 27), (CHUNK, 28), (CHUNK, 0), (CHUNK, 32), (sums, 0), (sums, 0),
     ]  # fmt: skip
 
 
 @_kernel(
     _sequence, _sequence, _per_state, _sequence, _sequence, _channels, _sequence, _channels, boolean,
-    boolean, int64[::1], int64[::1], _tiles(16), _sequence, _states, int64, _states, _sequence, _sequence,
+    boolean, int64[::1], int64[::1], _tiles(15), _sequence, _states, int64, _states, _sequence, _sequence,
     _sequence, _sequence, _sequence, _states, _per_state, _per_state, int64, int64, int64,
 )  # fmt: skip
 def backward(
@@ -218,7 +233,7 @@ def backward(
     over its channels. dA (B, N, P), dD and dbias (B, P) are added to, the sums over a sequence's tokens.
     """
     nstates = len(rates)
-    v, slope, out, gates, dt, x, dy, Bs, Cs, hs, decays, ddt, dx, qs, dBs, dCs = tiles
+    v, slope, out, gates, dt, x, dy, Bs, Cs, hs, decays, ddt, dx, dBs, dCs = tiles
     zero, one, ln2 = broadcast(_ZERO), broadcast(_ONE), broadcast(_LN2)
     for chunk in range((len(places) - 1) // CHUNK, -1, -1):
         inside = places[chunk * CHUNK : (chunk + 1) * CHUNK]
@@ -231,15 +246,16 @@ def backward(
             _gather(dt, delta, b, channel, inside)
             _gather(v, u, b, channel, inside)
             _gather(dy, grad, b, channel, targets[chunk * CHUNK : (chunk + 1) * CHUNK])
+            D, offset = load(skip, (channel,)), load(bias, (channel,))
             for t in range(count):
-                step, value = load(dt, t) + load(bias, (channel,)), load(v, t)
-                store(slope, t, one)
+                step, value = load(dt, t) + offset, load(v, t)
+                steepness = one
                 if with_softplus:
-                    store(slope, t, sigmoid(step))
+                    steepness = sigmoid(step)
                     step = softplus(step)
+                store(slope, t, steepness)
                 store(dt, t, step)
                 store(x, t, step * value)
-                store(out, t, load(skip, (channel,)) * value)
                 store(dx, t, zero)
                 store(ddt, t, zero)
             if with_gate:  # y = out silu(z): keep grad silu'(z) until `out` is known
@@ -249,17 +265,18 @@ def backward(
                     s = sigmoid(gate)
                     store(gates, t, outer * s * fma(gate, one - s, one))
                     store(dy, t, outer * gate * s)
+                    store(out, t, D * load(v, t))
 
             for n in range(nstates):
                 group, lane = n // LANES * CHUNK, n % LANES
                 h = load(states, (b, row + chunk * nstates + n, channel))
                 carry, share = _adjoint(
                     load(rates, (n, channel)), h, load(carries, (b, n, channel)), lane,
-                    dt[:count], x, Bs[group:], Cs[group:], dy, dx, ddt, hs, decays, qs,
+                    dt[:count], x, Bs[group:], Cs[group:], dy, dx, ddt, hs, decays,
                 )  # fmt: skip
                 for t in range(0, count, LANES):
                     k = (n * CHUNK + t) // LANES
-                    store(dBs, k, load(dBs, k) + dots(qs, t, x, t))
+                    store(dBs, k, load(dBs, k) + dots(decays, t, x, t))
                     store(dCs, k, load(dCs, k) + dots(dy, t, hs, t + 1))
                 store(carries, (b, n, channel), carry)
                 store(dA, (b, n, channel), load(dA, (b, n, channel)) + share)
@@ -275,33 +292,37 @@ def backward(
                 dD_share = fma(outer, value, dD_share)
                 dbias_share = dbias_share + by_delta
                 store(ddt, t, by_delta)
-                store(dx, t, fma(by_x, load(dt, t), outer * load(skip, (channel,))))
-                store(out, t, load(out, t) * load(gates, t))
+                store(dx, t, fma(by_x, load(dt, t), outer * D))
             store(dD, (b, channel), load(dD, (b, channel)) + dD_share)
             store(dbias, (b, channel), load(dbias, (b, channel)) + dbias_share)
             _scatter(du, dx, b, channel, inside)
             _scatter(ddelta, ddt, b, channel, inside)
             if with_gate:
+                for t in range(count):
+                    store(out, t, load(out, t) * load(gates, t))
                 _scatter(dz, out, b, channel, inside)
 
         for n in range(nstates):
-            for t in range(count):
-                k = n * CHUNK + t
-                dB[b, n, inside[t]] = dBs[k // LANES, k % LANES]
-                dC[b, n, inside[t]] = dCs[k // LANES, k % LANES]
-
-
-def conv_tiles(taps: int) -> list[tuple[int, int]]:
-    """Rows and place of the tiles that `conv_forward` and `conv_backward` work in."""
-    return [(CHUNK + 2 * taps, place) for place in (32, 16, 0)]
+            _scatter_tokens(dB, dBs, b, n, inside)
+            _scatter_tokens(dC, dCs, b, n, inside)
 
 
 @_helper
-def _history(x_rows, x, b, channel, order, start, stop, taps):
-    """Rows of x from `taps - 1` tokens before `start` up to `stop`; zeros before the first token."""
-    before = min(taps - 1, start)
-    x_rows[: taps - 1 - before] = 0
-    _gather(x_rows[taps - 1 - before :], x, b, channel, order[start - before : stop])
+def _history(x_rows, x, b, channel, order, start, stop):
+    """Rows of x from `TAPS - 1` steps before `start` up to `stop`; zeros before the first step."""
+    before = min(TAPS - 1, start)
+    x_rows[: TAPS - 1 - before] = 0
+    _gather(x_rows[TAPS - 1 - before :], x, b, channel, order[start - before : stop])
+
+
+@_helper
+def _convolve(x_rows, t, w0, w1, w2, w3, bias):
+    """The pre-activation of the step whose history begins in row `t`."""
+    recent = fma(w3, load(x_rows, t + 3), fma(w2, load(x_rows, t + 2), bias))
+    return fma(w1, load(x_rows, t + 1), fma(w0, load(x_rows, t), recent))
+
+
+CONV_TILES = [(CHUNK + 2 * TAPS, place) for place in (32, 16, 0)]  # of both kernels below
 
 
 @_kernel(
@@ -311,19 +332,19 @@ def _history(x_rows, x, b, channel, order, start, stop, taps):
 def conv_forward(x, weights, bias, order, begin, places, tiles, u, b, first, last):
     """Convolve and apply SiLU, for as many steps of the order from `begin` on as there are `places`.
 
-    The step `begin + t` goes to places[t]. weights (taps, P), the last for the token itself.
+    The step `begin + t` goes to places[t]. weights (TAPS, P), the last for the token itself.
     """
-    taps = len(weights)
     x_rows, out, _ = tiles
     for start in range(0, len(places), CHUNK):
         inside = places[start : start + CHUNK]
         stop = begin + start + len(inside)
         for channel in range(first, last, LANES):
-            _history(x_rows, x, b, channel, order, begin + start, stop, taps)
+            w0, w1 = load(weights, (0, channel)), load(weights, (1, channel))
+            w2, w3 = load(weights, (2, channel)), load(weights, (3, channel))
+            offset = load(bias, (channel,))
+            _history(x_rows, x, b, channel, order, begin + start, stop)
             for t in range(len(inside)):
-                value = load(bias, (channel,))
-                for k in range(taps):
-                    value = fma(load(weights, (k, channel)), load(x_rows, t + k), value)
+                value = _convolve(x_rows, t, w0, w1, w2, w3, offset)
                 store(out, t, value * sigmoid(value))
             _scatter(u, out, b, channel, inside)
 
@@ -335,41 +356,39 @@ def conv_forward(x, weights, bias, order, begin, places, tiles, u, b, first, las
 def conv_backward(
     x, weights, bias, order, begin, places, tiles, du, dx, dweights, dbias, b, first, last
 ):
-    """Gradients of `conv_forward` for its steps; the sums dweights (B, taps, P) and dbias (B, P) are added to.
+    """Gradients of `conv_forward` for its steps; the sums dweights (B, TAPS, P) and dbias (B, P) are added to.
 
-    A token's dx needs du of the `taps - 1` steps after it, too: they follow at the end of `places`, as far as
+    A token's dx needs du of the `TAPS - 1` steps after it, too: they follow at the end of `places`, as far as
     the order has them.
     """
-    taps = len(weights)
     x_rows, g, out = tiles
-    one = broadcast(_ONE)
-    steps = len(places) - (taps - 1)
+    one, zero = broadcast(_ONE), broadcast(_ZERO)
+    steps = len(places) - (TAPS - 1)
     for start in range(0, steps, CHUNK):
         now = begin + start
         count = min(CHUNK, steps - start)
-        known = min(count + taps - 1, len(order) - now)
+        known = min(count + TAPS - 1, len(order) - now)
         for channel in range(first, last, LANES):
-            _history(x_rows, x, b, channel, order, now, now + known, taps)
+            w0, w1 = load(weights, (0, channel)), load(weights, (1, channel))
+            w2, w3 = load(weights, (2, channel)), load(weights, (3, channel))
+            offset = load(bias, (channel,))
+            _history(x_rows, x, b, channel, order, now, now + known)
             _gather(g, du, b, channel, places[start : start + known])
-            g[known : count + taps - 1] = 0
+            g[known : count + TAPS - 1] = 0
             for t in range(known):
-                value = load(bias, (channel,))
-                for k in range(taps):
-                    value = fma(load(weights, (k, channel)), load(x_rows, t + k), value)
+                value = _convolve(x_rows, t, w0, w1, w2, w3, offset)
                 s = sigmoid(value)
                 store(g, t, load(g, t) * s * fma(value, one - s, one))
+            d0, d1, d2, d3, dsum = zero, zero, zero, zero, zero
             for t in range(count):
-                value = broadcast(_ZERO)
-                for k in range(taps):
-                    value = fma(load(weights, (k, channel)), load(g, t + taps - 1 - k), value)
-                store(out, t, value)
+                store(out, t, _convolve(g, t, w3, w2, w1, w0, zero))
+                slope = load(g, t)
+                d0, d1 = fma(slope, load(x_rows, t), d0), fma(slope, load(x_rows, t + 1), d1)
+                d2, d3 = fma(slope, load(x_rows, t + 2), d2), fma(slope, load(x_rows, t + 3), d3)
+                dsum = dsum + slope
             _scatter(dx, out, b, channel, order[now : now + count])
-            share = load(dbias, (b, channel))
-            for t in range(count):
-                share = share + load(g, t)
-            store(dbias, (b, channel), share)
-            for k in range(taps):
-                share = load(dweights, (b, k, channel))
-                for t in range(count):
-                    share = fma(load(g, t), load(x_rows, t + k), share)
-                store(dweights, (b, k, channel), share)
+            store(dweights, (b, 0, channel), load(dweights, (b, 0, channel)) + d0)
+            store(dweights, (b, 1, channel), load(dweights, (b, 1, channel)) + d1)
+            store(dweights, (b, 2, channel), load(dweights, (b, 2, channel)) + d2)
+            store(dweights, (b, 3, channel), load(dweights, (b, 3, channel)) + d3)
+            store(dbias, (b, channel), load(dbias, (b, channel)) + dsum)

@@ -63,7 +63,7 @@ def mamba_mixer(
         y (B, L, E) in memory order.
     """
     weights = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and backends()["cpu"].available:
+    if _can_fuse(x, conv_weight):
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
         return fused_mixer(x, *weights, order, nslices, keep)[0]
     tokens = token_order(order, x.shape[1], nslices).to(x.device)
@@ -73,6 +73,12 @@ def mamba_mixer(
     delta, B, C = (t.transpose(1, 2) for t in (F.linear(dt, dt_proj), B, C))
     y = selective_scan(u, delta, A, B, C, D, delta_bias=dt_bias)
     return y.new_empty(x.shape).index_copy(1, tokens, y.transpose(1, 2))
+
+
+def _can_fuse(x: Tensor, conv_weight: Tensor) -> bool:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not backends()["cpu"].available:
+        return False
+    return conv_weight.shape[1] <= cpu.MOST_TAPS
 
 
 def _sizes(dt_proj: Tensor, A: Tensor) -> list[int]:
@@ -100,30 +106,48 @@ def _torch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _Stretches:
-    """The fused mixer's way along its order of visit."""
+    """The fused mixer's way along its order of visit, and the memory it works in.
+
+    Work tensors are kept for the next stretch: fresh memory would cost a third of a stretch's time.
+    """
 
     def __init__(
         self, x: Tensor, x_proj: Tensor, dt_proj: Tensor, order: str, nslices: int
     ) -> None:
+        from . import kernels
+
         self.x = x.detach().transpose(1, 2)  # (B, E, L), as convolution and scan see a sequence
         self.x_proj, self.dt_proj = x_proj, dt_proj
         self.order = cpu.order_table(order, x.shape[1], nslices)
-        self.chunks = max(1, STRETCH // (x.shape[0] * x.shape[2] * cpu.chunk_length()))
+        self.chunk = kernels.CHUNK
+        self.chunks = max(1, STRETCH // (x.shape[0] * x.shape[2] * self.chunk))
+        self.memory: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         """First step, number of steps and first chunk of each stretch."""
-        step = self.chunks * cpu.chunk_length()
+        step = self.chunks * self.chunk
         for i, begin in enumerate(range(0, len(self.order), step)):
             yield begin, min(step, len(self.order) - begin), i * self.chunks
+
+    def work(self, name: str, *shape: int) -> Tensor:
+        """A tensor of that name and shape, with anything in it."""
+        size = math.prod(shape)
+        if name not in self.memory or self.memory[name].numel() < size:
+            self.memory[name] = self.x.new_empty(size)
+        return self.memory[name][:size].view(shape)
 
     def scan_inputs(
         self, conv: cpu.ConvPass, begin: int, count: int, A: Tensor, D: Tensor, bias: Tensor
     ) -> tuple[ScanInputs, Tensor]:
         """What the scan reads in a stretch, in the order of visit; the step sizes of rank R."""
-        u = self.x.new_empty(len(self.x), count, self.x.shape[1])
+        batch, width, _ = self.x.shape
+        u, delta = (self.work(name, batch, count, width) for name in ("u", "delta"))
+        rows = self.work("rows", batch, count, len(self.x_proj))
         conv.forward(begin, cpu.order_table("forward", count, 1), u.transpose(1, 2))
-        dt, B, C = F.linear(u, self.x_proj).split(_sizes(self.dt_proj, A), dim=-1)
-        u, delta, B, C = (t.transpose(1, 2) for t in (u, F.linear(dt, self.dt_proj), B, C))
+        torch.mm(u.flatten(0, 1), self.x_proj.T, out=rows.flatten(0, 1))
+        dt, B, C = rows.split(_sizes(self.dt_proj, A), dim=-1)
+        torch.mm(dt.flatten(0, 1), self.dt_proj.T, out=delta.flatten(0, 1))
+        u, delta, B, C = (t.transpose(1, 2) for t in (u, delta, B, C))
         return ScanInputs(u, delta, A, B, C, D, None, bias), dt
 
 
@@ -176,24 +200,30 @@ def fused_mixer_backward(
     conv = cpu.ConvPass(way.x, conv_weight, conv_bias, way.order)
     conv_back = cpu.ConvPass(way.x, conv_weight, conv_bias, way.order, backward=True)
     scan = cpu.ScanPass(way.x, A, D, dt_bias, states, backward=True)
-    overlap = conv_weight.shape[1] - 1
-    after = x.new_zeros(len(x), overlap, x.shape[2])  # du of the steps after a stretch
+    batch, _, width = x.shape
+    ranks, nstates = dt_proj.shape[1], A.shape[1]
+    after = x.new_zeros(batch, conv_back.overlap, width)  # du of the steps after a stretch
     for begin, count, chunk in reversed(list(way)):
         inputs, dt = way.scan_inputs(conv, begin, count, A, D, dt_bias)
-        places = cpu.order_table("forward", count + overlap, 1)
-        du = x.new_empty(len(x), count + overlap, x.shape[2])
-        du[:, count:] = after
+        places = cpu.order_table("forward", count + conv_back.overlap, 1)
+        du = way.work("du", batch, count + conv_back.overlap, width)
+        d_delta = way.work("d_delta", batch, count, width)
+        d_rows = way.work("d_rows", batch, len(x_proj), count)
+        out = {"u": du[:, :count].transpose(1, 2), "delta": d_delta.transpose(1, 2)}
+        out["B"], out["C"] = d_rows[:, ranks:-nstates], d_rows[:, -nstates:]
+        out["z"] = x.new_empty(0, 0, 0)
         targets = way.order[begin : begin + count]
-        back = scan.backward(
-            inputs, places[:count], targets, chunk, grad, du[:, :count].transpose(1, 2)
-        )
-        d_delta, dB, dC = (back[name].transpose(1, 2) for name in ("delta", "B", "C"))
-        d_rows = torch.cat([d_delta @ dt_proj, dB, dC], dim=-1)  # (B, stretch, R + 2 N)
-        du[:, :count] += d_rows @ x_proj
-        d_dt_proj += torch.einsum("bte,btr->er", d_delta, dt)
-        d_x_proj += torch.einsum("btr,bet->re", d_rows, inputs.u)
+        scan.backward(inputs, places[:count], targets, chunk, grad, out)
+        for b in range(
+            batch
+        ):  # y = dt_proj dt and (dt, B, C) = x_proj u, by their inputs and weights
+            torch.mm(dt_proj.T, d_delta[b].T, out=d_rows[b, :ranks])
+            du[b, :count].addmm_(d_rows[b].T, x_proj)
+            d_dt_proj.addmm_(d_delta[b].T, dt[b])
+            d_x_proj.addmm_(d_rows[b], inputs.u[b].T)
+        du[:, count:] = after
         conv_back.backward(begin, places, du.transpose(1, 2))
-        after = du[:, :overlap]
+        after = du[:, : conv_back.overlap].clone()
     d_weight, d_bias = conv_back.sums()
     sums = scan.sums()
     projections = (d_x_proj, d_dt_proj, sums["delta_bias"])
