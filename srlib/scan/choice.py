@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import chunked, cpu, mamba_ssm, triton
+from . import chunked, cpu, mamba_ssm
 
 logger = logging.getLogger("srlib.scan")
 
@@ -18,9 +18,8 @@ WORKERS: dict[str, ModuleType] = {
     "chunked": chunked,
     "cpu": cpu,
     "mamba_ssm": mamba_ssm,
-    "triton": triton,
 }
-PREFERRED = {"cpu": ("cpu", "chunked"), "cuda": ("mamba_ssm", "triton", "chunked")}
+PREFERRED = {"cpu": ("cpu", "chunked"), "cuda": ("mamba_ssm", "chunked")}
 PREFERRED_ELSEWHERE = ("chunked",)
 
 

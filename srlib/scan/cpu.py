@@ -263,7 +263,7 @@ class ConvPass:
         weights = F.pad(weight.T, (0, 0, kernels.TAPS - self.taps, 0))
         self.weights, self.bias = (_padded(t, kernels.LANES) for t in (weights, bias))
         self.kernel = (kernels.conv_backward if backward else kernels.conv_forward).compiled
-        self.threads = _Threads(*x.shape[:2], kernels.CONV_TILES, kernels.LANES)
+        self.threads = _Threads(x.shape[0], x.shape[1], kernels.CONV_TILES, kernels.LANES)
         self.overlap = kernels.TAPS - 1
         if backward:
             self.dx = torch.empty_like(self.x)
