@@ -4,6 +4,7 @@ import os
 import tempfile
 
 import pytest
+import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -12,3 +13,5 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(folder.cleanup)
     os.environ["SRLIB_RESULTS"] = folder.name
     os.environ["MPLBACKEND"] = "agg"
+    # Triton decides at its import, which torch may do, whether it compiles or interprets its kernels.
+    os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")

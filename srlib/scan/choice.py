@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import chunked, cpu, mamba_ssm
+from . import chunked, cpu, mamba_ssm, triton
 
 logger = logging.getLogger("srlib.scan")
 
@@ -18,8 +18,9 @@ WORKERS: dict[str, ModuleType] = {
     "chunked": chunked,
     "cpu": cpu,
     "mamba_ssm": mamba_ssm,
+    "triton": triton,
 }
-PREFERRED = {"cpu": ("cpu", "chunked"), "cuda": ("mamba_ssm", "chunked")}
+PREFERRED = {"cpu": ("cpu", "chunked"), "cuda": ("triton", "mamba_ssm", "chunked")}
 PREFERRED_ELSEWHERE = ("chunked",)
 
 
