@@ -106,13 +106,13 @@ class _Threads:
             for group in range(self.groups)
         ]
         self.others = range(1, self.groups)
-        self.tiles = functools.partial(_tiles.get, lanes, *layout)
+        self.layout = (lanes, *layout)
 
     def run(self, task: Callable[..., None]) -> None:
         """`task(tiles, group, sequence, first channel, last channel)` for all; the caller helps."""
 
         def work(share: tuple[int, ...]) -> None:
-            task(self.tiles(), *share)
+            task(_tiles.get(*self.layout), *share)  # looked up here: they are this thread's
 
         if torch.get_num_threads() == 1 or len(self.shares) == 1:
             for share in self.shares:

@@ -1,0 +1,186 @@
+"""Convolution, projections and scan in one operator, and the kernels' vectors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scan_inputs import relative_error
+from torch.utils.flop_counter import FlopCounterMode
+
+from srlib.scan import ORDERS, backends, mamba_mixer, mixer
+
+if not backends()["cpu"].available:
+    pytest.skip(f"the cpu back end: {backends()['cpu'].reason}", allow_module_level=True)
+
+from numba import njit
+
+from srlib.scan import kernels, simd
+
+NAMES = ("x", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")
+
+
+def random_mixer(batch=2, length=200, width=40, rank=3, states=16, taps=4) -> dict:
+    shapes = {
+        "x": (batch, length, width),
+        "conv_weight": (width, taps),
+        "conv_bias": (width,),
+        "x_proj": (rank + 2 * states, width),
+        "dt_proj": (width, rank),
+        "dt_bias": (width,),
+        "A": (width, states),
+        "D": (width,),
+    }
+    scales = {"x_proj": width**-0.5, "dt_proj": rank**-0.5}
+    inputs = {name: scales.get(name, 1.0) * torch.randn(shape) for name, shape in shapes.items()}
+    inputs["A"] = -inputs["A"].abs()
+    return {name: t.requires_grad_() for name, t in inputs.items()}
+
+
+def gradients(inputs: dict, grad: torch.Tensor, **options) -> dict:
+    y = mamba_mixer(**inputs, **options)
+    found = torch.autograd.grad(y, list(inputs.values()), grad.to(y.dtype))
+    return {"y": y.detach(), **dict(zip(inputs, found, strict=True))}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("stretch", [mixer.STRETCH, 1])  # in one stretch, and chunk by chunk
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"batch": 1, "length": 65, "width": 16, "rank": 1},
+        {"batch": 3, "length": 7, "width": 5, "states": 2},
+        {"length": 130, "width": 24, "taps": 1},
+        {"length": 1, "width": 1, "states": 1, "rank": 1},
+    ],
+)
+def test_the_fused_mixer_is_the_composition(monkeypatch, order, stretch, shape):
+    monkeypatch.setattr(mixer, "STRETCH", stretch)
+    torch.manual_seed(0)
+    inputs = random_mixer(**shape)
+    grad = torch.randn(inputs["x"].shape)
+    found = gradients(inputs, grad, order=order, nslices=6)
+    wide = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+    for name, value in gradients(wide, grad, order=order, nslices=6).items():
+        assert relative_error(found[name], value) < 1e-5, name
+
+
+def test_more_taps_than_the_kernels_have_take_the_composition():
+    torch.manual_seed(0)
+    inputs = random_mixer(taps=7)
+    y = mamba_mixer(**inputs, order="reverse")
+    wide = mamba_mixer(**{name: t.double() for name, t in inputs.items()}, order="reverse")
+    assert relative_error(y, wide) < 1e-5
+
+
+def test_the_fused_mixer_keeps_torchs_contract():
+    inputs = tuple(random_mixer(batch=1, length=70, width=5, rank=1, states=2).values())
+    options = ("inter_slice", 4)
+    torch.library.opcheck(mixer.fused_mixer, (*inputs, *options, True))
+    y, states = mixer.fused_mixer(*inputs, *options, True)
+    arguments = (torch.randn_like(y), states, *(t.detach() for t in inputs), *options)
+    torch.library.opcheck(mixer.fused_mixer_backward, arguments)
+
+
+def test_the_fused_mixer_keeps_its_input_and_states_only():
+    inputs = random_mixer(batch=1, length=20_000, width=32)
+    kept = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // 4
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        mamba_mixer(**inputs)
+    states = 16 * 32 * (math.ceil(20_000 / 64) + 1)
+    assert sum(kept.values()) == sum(t.numel() for t in inputs.values()) + states
+
+
+def test_flops_are_those_of_the_composition():
+    fused, composed = random_mixer(), random_mixer()
+    counts = []
+    for inputs, dtype in ((fused, torch.float32), (composed, torch.float64)):
+        with FlopCounterMode(display=False) as counter:
+            mamba_mixer(**{name: t.to(dtype) for name, t in inputs.items()})
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+def _apply(function, values: np.ndarray) -> np.ndarray:
+    @njit
+    def run(tile, out):
+        for row in range(len(tile)):
+            simd.store(out, row, function(simd.load(tile, row)))
+
+    tile = np.zeros((math.ceil(len(values) / 16), 16), np.float32)
+    tile.flat[: len(values)] = values
+    out = np.empty_like(tile)
+    run(tile, out)
+    return out.flat[: len(values)]
+
+
+@pytest.mark.parametrize(
+    ("function", "exact"),
+    [
+        (simd.exp2, np.exp2),
+        (simd.sigmoid, lambda x: 1 / (1 + np.exp(-x))),
+        (simd.softplus, lambda x: np.logaddexp(x, 0)),
+    ],
+)
+def test_vector_functions_are_exact_to_float32(function, exact):
+    x = np.linspace(-10, 10, 10_001, dtype=np.float32)
+    found, expected = _apply(function, x), exact(x.astype(np.float64))
+    assert np.max(np.abs(found / expected - 1)) < 1e-6
+    assert np.isnan(_apply(function, np.array([np.nan], np.float32)))[0]
+
+
+def test_exp2_ends_in_zero_and_infinity():
+    x = np.array([-np.inf, -1e30, -127, 128, 1e30, np.inf, 0, 1], np.float32)
+    assert _apply(simd.exp2, x).tolist() == [0, 0, 0, np.inf, np.inf, np.inf, 1, 2]
+
+
+def test_dots_are_dot_products_of_rows():
+    @njit
+    def run(a, b, out):
+        simd.store(out, 0, simd.dots(a, 0, b, 2))
+
+    generator = np.random.default_rng(0)
+    a, b = generator.random((2, 20, 16), np.float32)
+    out = np.empty((1, 16), np.float32)
+    run(a, b, out)
+    np.testing.assert_allclose(out[0], (a[:16] * b[2:18]).sum(1), rtol=1e-6)
+
+
+def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
+    def without_cache(*args, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*args, **options)
+
+    monkeypatch.setattr(kernels, "njit", without_cache)
+
+    def double(values):
+        values[:] *= 2
+
+    values = np.ones(3, np.float32)
+    kernels._Kernel(double, kernels.void(kernels.float32[:])).compiled(values)
+    assert values.tolist() == [2, 2, 2]
+
+
+def test_an_edited_vocabulary_makes_a_new_cache(monkeypatch, tmp_path):
+    names = []
+    for text in ("one", "two"):
+        vocabulary = tmp_path / "simd.py"
+        vocabulary.write_text(text)
+        monkeypatch.setattr(simd, "__file__", str(vocabulary))
+
+        def nothing(values):
+            values[0] = 0
+
+        kernel = kernels._Kernel(nothing, kernels.void(kernels.float32[:]))
+        kernel.compiled(np.ones(1, np.float32))
+        names.append(kernel.function.__qualname__)
+    assert names[0] != names[1]
