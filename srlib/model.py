@@ -12,6 +12,9 @@
 
 Sizes that two does not divide are rounded up at each halving (a map with an odd size is padded by repeating its
 last plane), and the decoder crops what it upsamples to the skip's size; no voxel of the input is lost.
+
+Between two convolutions one map is kept for the backward pass, the first one's output. Normalisation, activation and
+the skips' MLP are computed again from it (`srlib.recompute`).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import torch.nn.functional as F
 from monai.networks.blocks import ResBlock
 from torch import Tensor, nn
 
+from srlib.recompute import recomputed
 from srlib.scan import ORDERS
 from srlib.tom import ToMLayer
 
@@ -72,9 +76,17 @@ class ConvNormAct(nn.Sequential):
             nn.ReLU(inplace=True),
         )
 
+    def conv(self, x: Tensor) -> Tensor:
+        """The unit's first half."""
+        return self[0](x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The unit's second half, on what `conv` yields."""
+        return self[2](self[1](x))
+
 
 class Restore(nn.Module):
-    """F4 -> F5: transposed 5x5x5 convolution with stride 2 back to the block's size, InstanceNorm, ReLU.
+    """F4 -> F5: transposed 5x5x5 convolution with stride 2 to the block's size, InstanceNorm, ReLU, in two halves.
 
     Args:
         channels: C.
@@ -88,12 +100,15 @@ class Restore(nn.Module):
         self.norm = nn.InstanceNorm3d(channels)
         self.released = released
 
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        """X (B, C, ceil(d/2), ceil(h/2), ceil(w/2)) -> (B, C, d, h, w) for `size` = (d, h, w)."""
+    def upsample(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """X (B, C, ceil(d/2), ceil(h/2), ceil(w/2)) -> (B, C, d, h, w) for `size` = (d, h, w), or an even size."""
         even = [2 * n for n in x.shape[2:]]
-        restored = self.conv(x, output_size=even if self.released else size)
-        depth, height, width = size
-        return F.relu(self.norm(restored), inplace=True)[..., -depth:, -height:, -width:]
+        return self.conv(x, output_size=even if self.released else size)
+
+    def finish(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """What `upsample` yields -> F5 (B, C, *size)."""
+        depth, height, width = (n - wanted for n, wanted in zip(x.shape[2:], size, strict=True))
+        return F.relu(self.norm(x), inplace=True)[..., depth:, height:, width:]
 
 
 class CMMB(nn.Module):
@@ -125,7 +140,17 @@ class CMMB(nn.Module):
     @float32_where_tiny
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, d, h, w) -> (B, C, d, h, w); restored to the same size, whatever it is."""
-        f5 = self.restore(self.inner(x), size=x.shape[2:])
+        first, second, last = (unit for unit in self.inner if isinstance(unit, ConvNormAct))
+        tom = [layer for layer in self.inner if isinstance(layer, ToMLayer)]
+        upsample = functools.partial(self.restore.upsample, size=x.shape[2:])
+        finish = functools.partial(self.restore.finish, size=x.shape[2:])
+        y = recomputed(first.conv(x), first.finish, second.conv)  # F1, and F2 but for its end
+        if tom:
+            f3 = tom[0](recomputed(y, second.finish))
+            y = last.conv(f3)
+        else:
+            y = recomputed(y, second.finish, last.conv)
+        f5 = recomputed(recomputed(y, last.finish, upsample), finish)  # F4, F5
         return self.outer(f5 + x)
 
 
@@ -143,11 +168,13 @@ class Downsample(nn.Module):
     @float32_where_tiny
     def forward(self, x: Tensor) -> Tensor:
         """X (B, C, d, h, w) -> (B, 2C, ceil(d/2), ceil(h/2), ceil(w/2))."""
-        x = self.norm(self.extra(x))
-        odd = [n % 2 for n in x.shape[2:]]
-        if any(odd):  # repeat the last plane, so that stride 2 does not drop it
-            x = F.pad(x, (0, odd[2], 0, odd[1], 0, odd[0]), mode="replicate")
-        return self.conv(x)
+        return recomputed(recomputed(x, self.extra), self.norm, _even, self.conv)
+
+
+def _even(x: Tensor) -> Tensor:
+    """Repeat the last plane of each axis with an odd size, so that stride 2 does not drop it."""
+    odd = [n % 2 for n in x.shape[2:]]
+    return F.pad(x, (0, odd[2], 0, odd[1], 0, odd[0]), mode="replicate") if any(odd) else x
 
 
 class Skip(nn.Sequential):
@@ -175,7 +202,9 @@ class UpStage(nn.Module):
         """X (B, 2C, d, h, w), skip (B, C, D, H, W) with D = 2d or 2d - 1 -> (B, C, D, H, W)."""
         x = F.interpolate(self.conv(x), scale_factor=2, mode="trilinear", align_corners=False)
         depth, height, width = skip.shape[2:]
-        return self.unit(x[..., :depth, :height, :width] + skip)
+        x, unit = x[..., :depth, :height, :width] + skip, self.unit
+        y = recomputed(x, unit.norm1, unit.act, unit.conv1)
+        return x + recomputed(y, unit.norm2, unit.act, unit.conv2)
 
 
 class SegResMamba(nn.Module):
@@ -238,7 +267,7 @@ class SegResMamba(nn.Module):
         skips = []
         for downsample, block, skip in zip(self.downsamples, self.blocks, self.skips, strict=True):
             x = block(downsample(x))
-            skips.append(skip(x))
+            skips.append(recomputed(x, skip))
         return skips
 
     def decode(self, skips: Sequence[Tensor], size: Sequence[int]) -> Tensor:

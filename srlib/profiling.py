@@ -252,7 +252,7 @@ def measure(
         system meanwhile: `resident` on the CPU, `reserved` on CUDA.
     """
     report("building")
-    with _process_memory(device) as process:
+    with process_memory(device) as process:
         network = work.network().to(device)
         adam = torch.optim.Adam(network.parameters(), fused=True)
         image, label = work.batch(device)
@@ -327,7 +327,7 @@ def _allocations(device: str) -> Iterator[dict[str, float]]:
 
 
 @contextmanager
-def _process_memory(device: str) -> Iterator[dict[str, float]]:
+def process_memory(device: str) -> Iterator[dict[str, float]]:
     """Fills in GiB that the process takes meanwhile: `reserved` on CUDA, else `resident`, sampled each 2 ms."""
     found: dict[str, float] = {}
     if device == "cuda":

@@ -21,7 +21,16 @@ from srlib.model import FEATURES
 from srlib.paths import ROOT, runs_root
 from srlib.scan import ORDERS
 
-SOURCES = ("model.py", "tom.py", "scan", "datasets.py", "data.py", "cohort.py", "train.py")
+SOURCES = (
+    "model.py",
+    "recompute.py",
+    "tom.py",
+    "scan",
+    "datasets.py",
+    "data.py",
+    "cohort.py",
+    "train.py",
+)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """SegResMamba: the authors' network to rounding, the paper's counts, every size, every variant."""
 
 import json
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,25 @@ def test_every_input_voxel_of_an_odd_size_reaches_the_output():
     x = torch.randn(1, 1, 35, 33, 37, dtype=torch.float64, requires_grad=True)
     model(x).square().mean().backward()
     assert (x.grad != 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"tom": "none"}, {"variant": "released"}], ids=str)
+@pytest.mark.parametrize("size", [(64, 32, 48), (37, 35, 34)])
+def test_recomputation_changes_no_output_and_no_gradient(options, size, monkeypatch):
+    """Bit for bit what the plain composition gives."""
+
+    def step():
+        torch.manual_seed(0)
+        model = SegResMamba(2, 3, TINY, **options)
+        x = torch.randn(1, 2, *size, requires_grad=True)
+        y = model(x)
+        names = dict(model.named_parameters())
+        gradients = torch.autograd.grad(y.square().mean(), [x, *names.values()])
+        return {"y": y, **dict(zip(["x", *names], gradients, strict=True))}
+
+    found = step()
+    monkeypatch.setattr("srlib.model.recomputed", lambda x, *fs: reduce(lambda y, f: f(y), fs, x))
+    torch.testing.assert_close(found, step(), rtol=0, atol=0)
 
 
 def test_encode_then_decode_is_forward():
