@@ -32,7 +32,7 @@ from unittest.mock import patch
 import nbformat
 from nbformat import NotebookNode
 
-from srlib import data, paths, profiles, provenance, reference, runs
+from srlib import data, paths, profiles, provenance, reference, runs, site
 
 PARAMETERS = ("PROFILE", "DATASET", "SEED", "INTERACTIVE")
 # Seconds that one cell may take before the run is given up as hanging; the full profile has no limit.
@@ -263,7 +263,7 @@ def execute(plan: Plan, notebook: Path) -> float:
     seconds = time.perf_counter() - start
     working.replace(plan.executed(notebook))
     plan.executed(notebook, ".failed.ipynb").unlink(missing_ok=True)
-    _write_page(plan.executed(notebook))
+    site.write_page(plan.executed(notebook))
     outputs = sorted(dict(_written(plan.results).items() - before.items()))
     _record(plan, notebook, {"stamp": mark, "seconds": round(seconds, 1), "outputs": outputs})
     return seconds
@@ -362,19 +362,6 @@ def _record(plan: Plan, notebook: Path, entry: dict[str, Any]) -> None:
     kept = {name for done in manifest["notebooks"].values() for name in done["outputs"]}
     for name in set(former) - kept:
         (plan.results / name).unlink(missing_ok=True)
-
-
-def _write_page(executed: Path) -> None:
-    """Write an executed notebook as an HTML page beside it that needs no other file."""
-    from nbconvert import HTMLExporter
-
-    from srlib.plots import with_alt_text
-
-    resources = {"metadata": {"name": executed.stem}}
-    html, _ = HTMLExporter().from_notebook_node(with_alt_text(_read(executed)), resources)
-    html = re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', html)  # page links to page
-    with paths.atomic_path(executed.with_suffix(".html")) as temporary:
-        temporary.write_text(html, encoding="utf-8")
 
 
 def _written(results: Path) -> dict[str, int]:

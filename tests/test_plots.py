@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
-from srlib import plots
+from srlib import plots, site
 from srlib.scan import ORDERS, token_order
 
 SHAPE, CLASSES, SPACING = (8, 10, 6), ("grey matter", "white matter"), (1.0, 2.0, 3.0)
@@ -91,6 +92,16 @@ def draw_gallery():
     return plots.gallery(cases, CLASSES, SPACING)
 
 
+def draw_case():
+    scan = plots.Scan(VOLUME, {"reference": LABELS, "prediction": SHIFTED}, metrics_table()[:2])
+    return plots.case_view(scan, CLASSES, SPACING)
+
+
+def draw_order():
+    orders = {name: token_order(name, 60, 3) for name in ORDERS}
+    return plots.order_view((3, 4, 5), orders, "reverse", 40, ((0, 0, 0), (2, 3, 4)))
+
+
 FIGURES = {
     "signals": draw_signals,
     "heat_maps": draw_heat_maps,
@@ -99,6 +110,8 @@ FIGURES = {
     "scan_paths": draw_paths,
     "tiles": draw_planes,
     "gallery": draw_gallery,
+    "case_view": draw_case,
+    "order_view": draw_order,
     "metric_strips": lambda: plots.metric_strips(metrics_table()),
     "volume_agreement": lambda: plots.volume_agreement(metrics_table()),
 }
@@ -170,7 +183,7 @@ def test_alt_text_reaches_the_page(record, displayed):
     output = new_output("display_data", data=bundle, metadata=metadata)
     notebook = new_notebook(cells=[new_code_cell("draw()", outputs=[output])])
     nbformat.validate(notebook)
-    page, _ = HTMLExporter().from_notebook_node(plots.with_alt_text(notebook))
+    page, _ = HTMLExporter().from_notebook_node(site.with_alt_text(notebook))
     (picture,) = BeautifulSoup(page, "html.parser").select("main img")
     assert picture["alt"] == 'bars of "ToM" < decoder'
 
@@ -192,3 +205,35 @@ def test_outline_encloses_a_structure_at_the_border_in_mm():
     low, high = outline.vertices.min(axis=0), outline.vertices.max(axis=0)
     assert np.allclose(low, 0, atol=1e-9)
     assert np.allclose(high, [2 * SPACING[0], 3 * SPACING[1]])
+
+
+def test_case_view_draws_the_slice_window_and_outlines_that_are_asked_for():
+    labels = LABELS.copy()
+    labels[6, 8, 4] = 1
+    scan = plots.Scan(VOLUME, {"reference": labels, "prediction": SHIFTED})
+    view = plots.case_view(scan, CLASSES, SPACING, "coronal", 8, window=(2, 5))
+    axis = view.axes[0]
+    (picture,) = axis.images
+    assert np.array_equal(picture.get_array(), VOLUME[:, 8, :].T)
+    assert picture.get_clim() == (4, 6)
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("left to right, mm", "bottom to top, mm")
+    assert len(axis.collections) == 3  # one voxel of the reference, both classes of the prediction
+    one = plots.case_view(
+        scan, CLASSES, SPACING, "coronal", 8, shown=["prediction", "white matter"]
+    )
+    assert len(one.axes[0].collections) == 1
+    legend = [text.get_text() for text in one.axes[1].get_legend().get_texts()]
+    assert legend == ["white matter", "prediction"]
+
+
+def test_order_view_tells_how_far_apart_two_voxels_are():
+    shape, pair = (4, 4, 4), ((0, 1, 2), (1, 1, 2))
+    orders = {name: token_order(name, 64, 4) for name in ORDERS}
+    figure = plots.order_view(shape, orders, "inter_slice", 10, pair)
+    path, lanes = figure.axes
+    said = [text.get_text() for text in lanes.texts]
+    assert said == ["forward: 16 apart", "reverse: 16 apart", "inter_slice: 1 apart"]
+    assert lanes.get_title() == "A and B: 1 apart in the volume"
+    FigureCanvasAgg(figure).draw()
+    steps = sum(len(lines.get_segments()) for lines in path.collections[:2])
+    assert steps == 10
