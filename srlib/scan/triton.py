@@ -3,14 +3,14 @@
 A scan of one 3D feature map has few channels and hundreds of thousands of tokens; one block per channel
 leaves most of a GPU idle. So the sequence is cut into chunks that are worked on at the same time:
 
-    forward    chunk_ends     each chunk's end state from zero, and its decay
-               join           a short scan over chunks: the state that each starts from (checkpoints)
-               outputs        each chunk again, from there
+    forward    walk           each chunk's end state from zero, and its decay
+               join           a short scan over chunks: the state that each starts from, which is kept
+               walk           each chunk again, from there: the output
     backward   chunk_carries  each chunk's states again: dz, dC; what its gradients carry backwards
                join           the same, from the end
                gradients      each chunk from its end, tile by tile with a tile's states in registers
 
-Decay and state are float32. A state is kept each chunk, in the backward pass each 16 steps. dB and dC
+Decay and state are float32. A state is kept each chunk, in the backward pass each tile. dB and dC
 are written for each block of channels and then summed, so that the same bits come out every time.
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,10 @@ from torch import Tensor
 from .inputs import Gradients, Options, ScanInputs
 
 BLOCK = 32  # channels of a program, which is one warp
-PROGRAMS = 4096  # chunks are made short enough for about so many
+PROGRAMS = 6144  # chunks are made short enough for about so many
 CHUNKS = (16, 256)  # shortest and longest chunk
-TILE = 16  # steps whose states the backward pass holds in registers
+TILE = 8  # steps whose states the backward pass holds in registers
+REGISTERS = 128  # of a thread of `gradients`; fewer let more programs run at once
 
 
 def _kernels() -> ModuleType:
@@ -71,102 +73,92 @@ def states_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
 
 class _Launch:
-    """What the kernels are called with: grid, sizes, and inputs as they want them."""
+    """The kernels' grid, sizes and weights: those of one scan."""
 
     def __init__(self, inputs: ScanInputs, options: Options) -> None:
-        u = inputs.u
-        batch, self.channels, self.length = u.shape
-        self.states = inputs.A.shape[1]
-        self.chunk = _chunk(u)
-        self.chunks = -(-self.length // self.chunk)
-        self.blocks = -(-self.channels // BLOCK)
-        self.grid = (self.chunks, self.blocks, batch)
-        self.inputs = inputs
+        batch, channels, length = inputs.u.shape
+        chunk, states = _chunk(inputs.u), inputs.A.shape[1]
+        self.grid = (-(-length // chunk), -(-channels // BLOCK), batch)
+        self.sizes = {"chunks": self.grid[0], "channels": channels, "states": states}
+        self.scan = {
+            "length": length,
+            "slice_length": -(-length // options.nslices),
+            "per_chunk": chunk,
+            "STATES": 1 << (states - 1).bit_length(),
+            "ORDER": options.order,
+            "SOFTPLUS": options.delta_softplus,
+        }
         self.A = (inputs.A.float() * math.log2(math.e)).t().contiguous()
         self.B, self.C = (t.transpose(1, 2).float().contiguous() for t in (inputs.B, inputs.C))
         zeros = torch.zeros_like(self.A[0])
         self.D, self.bias = (
             zeros if t is None else t.float().contiguous() for t in (inputs.D, inputs.delta_bias)
         )
-        self.sizes = {"chunks": self.chunks, "channels": self.channels, "states": self.states}
-        self.scan = {
-            **self.sizes,
-            "length": self.length,
-            "slice_length": -(-self.length // options.nslices),
-            "per_chunk": self.chunk,
-            "BLOCK": BLOCK,
-            "ORDER": options.order,
-            "SOFTPLUS": options.delta_softplus,
-        }
-        self.padded = 1 << (self.states - 1).bit_length()
 
-    def empty(self, *shape: int) -> Tensor:
-        return self.A.new_empty(shape)
+    def room(self, *rows: int) -> Tensor:
+        """Room for `rows` of channels of each chunk, (B, chunks, *rows, D)."""
+        return self.A.new_empty(self.grid[2], self.grid[0], *rows, self.sizes["channels"])
 
-    def per_chunk(self, *rows: int) -> Tensor:
-        """Room for `rows` of channels of each chunk."""
-        return self.empty(self.grid[2], self.chunks, *rows, self.channels)
+    def run(
+        self, kernel: str, sequences: tuple, B: Tensor, C: Tensor, *rest: Any, **more: int
+    ) -> None:
+        """Launch a kernel that goes through the sequence."""
+        strided = [x for t in sequences for x in (t, (0, 0, 0) if t is None else t.stride())]
+        with torch.cuda.device_of(self.A):
+            getattr(_kernels(), kernel)[self.grid](
+                *strided, self.A, B, C, self.D, self.bias, *rest,
+                **self.sizes, **self.scan, BLOCK=BLOCK, num_warps=1, **more,
+            )  # fmt: skip
 
-    def join(self, ends: Tensor, totals: Tensor, starts: Tensor, backwards: bool) -> None:
-        grid = (self.blocks, self.states, self.grid[2])
-        _kernels().join[grid](
-            ends, totals, self.A, starts, **self.sizes,
-            ROWS=32, BLOCK=BLOCK, BACKWARDS=backwards, num_warps=1,
-        )  # fmt: skip
-
-
-def _strided(*sequences: Tensor | None) -> list:
-    """Sequences, each followed by its strides."""
-    return [x for t in sequences for x in (t, t.stride() if t is not None else (0, 0, 0))]
+    def join(self, ends: Tensor, totals: Tensor, starts: Tensor, backwards: bool) -> Tensor:
+        """The states that chunks start from, written to `starts`."""
+        with torch.cuda.device_of(self.A):
+            _kernels().join[self.grid[1], self.sizes["states"], self.grid[2]](
+                ends, totals, self.A, starts, **self.sizes,
+                ROWS=32, BLOCK=BLOCK, BACKWARDS=backwards, num_warps=1,
+            )  # fmt: skip
+        return starts
 
 
 def forward(inputs: ScanInputs, options: Options, states: Tensor) -> Tensor:
     """The scan's output (B, D, L); fills `states` (B, chunks, N, D) unless it is empty."""
-    go, kernels = _Launch(inputs, options), _kernels()
-    ends, totals = go.per_chunk(go.states), go.per_chunk()
-    starts = states if states.numel() else torch.empty_like(ends)
-    y = torch.empty_like(inputs.u)
+    go, y = _Launch(inputs, options), torch.empty_like(inputs.u)
     u, delta, z = inputs.u, inputs.delta, inputs.z
-    kernels.chunk_ends[go.grid](
-        *_strided(u, delta), go.A, go.B, go.bias, ends, totals,
-        **go.scan, STATES=go.padded, num_warps=1,
-    )  # fmt: skip
+    ends, totals = go.room(inputs.A.shape[1]), go.room()
+    go.run("walk", (u, delta, None, None), go.B, go.C, None, ends, totals)
+    starts = states if states.numel() else torch.empty_like(ends)
     go.join(ends, totals, starts, backwards=False)
-    kernels.outputs[go.grid](
-        *_strided(u, delta, z, y), go.A, go.B, go.C, go.D, go.bias, starts,
-        **go.scan, STATES=go.padded, num_warps=1,
-    )  # fmt: skip
+    go.run("walk", (u, delta, z, y), go.B, go.C, starts, None, None)
     return y
 
 
 def backward(inputs: ScanInputs, options: Options, states: Tensor, grad: Tensor) -> Gradients:
-    """Gradients of all inputs from `grad` (B, D, L) and the checkpoints of the forward pass."""
-    go, kernels = _Launch(inputs, options), _kernels()
-    u, delta, z = inputs.u, inputs.delta, inputs.z
+    """Gradients of all inputs from `grad` (B, D, L) and the states that the forward pass kept."""
+    go, (u, delta, z) = _Launch(inputs, options), (inputs.u, inputs.delta, inputs.z)
     out = {name: torch.empty_like(t) for name, t in inputs.sequences().items()}
-    batch, tiles = u.shape[0], -(-go.length // TILE)
-    carries, totals = go.per_chunk(go.states), go.per_chunk()
-    tile_starts = go.empty(batch, tiles, go.states, go.channels)
-    by_block = (go.blocks, batch, go.length, go.states)
+    tiles = {"tiles": -(-u.shape[2] // TILE), "TILE": TILE}
+    tile_starts = go.A.new_empty(u.shape[0], tiles["tiles"], *go.A.shape)
+    carries, totals = torch.empty_like(states), go.room()
 
-    def write(name: str, rows: Tensor) -> None:
-        out[name].copy_(rows.sum(0).transpose(1, 2))
+    by_block = go.A.new_empty(go.grid[1], *go.C.shape)  # (blocks of channels, B, L, N)
+    sequences = (u, delta, z, grad, out.get("z"))
+    go.run(
+        "chunk_carries", sequences, go.B, go.C, states, tile_starts, carries, totals, by_block, **tiles
+    )  # fmt: skip
+    out["C"].copy_(by_block.sum(0).transpose(1, 2))
+    del by_block
+    after = go.join(carries, totals, torch.empty_like(carries), backwards=True)
 
-    dC = go.empty(*by_block)
-    kernels.chunk_carries[go.grid](
-        *_strided(u, delta, z, grad, out.get("z")), go.A, go.B, go.C, go.D, go.bias,
-        states, tile_starts, carries, totals, dC, **go.scan, tiles=tiles, TILE=TILE, STATES=go.padded, num_warps=1,
+    B, C = (F.pad(t, (0, 0, TILE, TILE)) for t in (go.B, go.C))  # tiles may reach beyond the ends
+    by_block = go.A.new_empty(go.grid[1], *B.shape)
+    sums = {"A": torch.empty_like(carries), "D": go.room(), "delta_bias": go.room()}
+    sequences = (u, delta, z, grad, out["u"], out["delta"])
+    go.run(
+        "gradients", sequences, B, C, tile_starts, after, by_block, *sums.values(), **tiles,
+        maxnreg=REGISTERS,
     )  # fmt: skip
-    write("C", dC)
-    del dC
-    after = torch.empty_like(carries)
-    go.join(carries, totals, after, backwards=True)
-    B, C = (F.pad(t, (0, 0, TILE, TILE)) for t in (go.B, go.C))
-    dB, dA, dD, dbias = go.empty(go.blocks, *B.shape), carries, go.per_chunk(), totals
-    kernels.gradients[go.grid](
-        *_strided(u, delta, z, grad, out["u"], out["delta"]), go.A, B, C, go.D, go.bias,
-        tile_starts, after, dB, dA, dD, dbias, **go.scan, tiles=tiles, TILE=TILE, num_warps=1,
-    )  # fmt: skip
-    write("B", dB[:, :, TILE:-TILE])
-    sums = {"A": dA.sum((0, 1)).t(), "D": dD.sum((0, 1)), "delta_bias": dbias.sum((0, 1))}
-    return {**out, **{name: sums[name].to(t.dtype) for name, t in inputs.parameters().items()}}
+    out["B"].copy_(by_block[:, :, TILE:-TILE].sum(0).transpose(1, 2))
+    for name, t in inputs.parameters().items():
+        total = sums[name].sum((0, 1))
+        out[name] = (total.t() if name == "A" else total).to(t.dtype)
+    return out

@@ -20,7 +20,6 @@ _series = np.polynomial.Chebyshev.interpolate(lambda y: np.log1p(y) / y, 9, doma
 LOG1P = tl.constexpr(tuple(_series.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()))
 TERMS = tl.constexpr(10)
 LOG2E = tl.constexpr(float(np.log2(np.e)))
-UNROLL = tl.constexpr(4)
 
 
 @triton.jit
@@ -41,7 +40,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _token(step, length, slice_length, ORDER: tl.constexpr):
-    """The token visited at `step`; past the end, one at most as far outside of the sequence."""
+    """The token visited at `step`, and its place in its slice, which `_next` wants to know."""
     if ORDER == "forward":
         token = step
     elif ORDER == "reverse":
@@ -54,8 +53,22 @@ def _token(step, length, slice_length, ORDER: tl.constexpr):
         since = tl.where(late, step - rest * (whole + 1), step)
         row = since // per_row
         token = tl.where(late, rest, 0) + row + (since - row * per_row) * slice_length
-        token = tl.where(step < length, token, length)
-    return token
+    return token, token % slice_length
+
+
+@triton.jit
+def _next(token, row, length, slice_length, ORDER: tl.constexpr):
+    """What is visited after `token`."""
+    if ORDER == "forward":
+        token += 1
+    elif ORDER == "reverse":
+        token -= 1
+    else:
+        token += slice_length
+        wraps = token >= length
+        row += wraps.to(tl.int32)
+        token = tl.where(wraps, row, token)
+    return token, row
 
 
 @triton.jit
@@ -67,43 +80,79 @@ def _apart(block, BLOCK: tl.constexpr):
 @triton.jit
 def _place(t, stride, b, d, token):
     """Pointers to the channels `d` of `token` in a sequence with strides of (B, D, L)."""
-    return t + b.to(tl.int64) * stride[0] + d * stride[1] + token.to(tl.int64) * stride[2]
+    return (
+        t + b.to(tl.int64) * stride[0] + d.to(tl.int64) * stride[1] + token.to(tl.int64) * stride[2]
+    )
 
 
 @triton.jit
 def _take(t, stride, b, d, token, mask):
-    return tl.load(_place(t, stride, b, d, token), mask, 0.0).to(tl.float32)
+    return tl.load(_place(t, stride, b, d, token), mask, 0.0)
 
 
 @triton.jit
-def chunk_ends(
-    u, u_stride, delta, delta_stride, A, B, bias, ends, totals,
+def _take_all(u, u_stride, delta, delta_stride, z, z_stride, b, d, token, mask):
+    x = _take(u, u_stride, b, d, token, mask)
+    gate = x
+    if z is not None:
+        gate = _take(z, z_stride, b, d, token, mask)
+    return x, _take(delta, delta_stride, b, d, token, mask), gate
+
+
+@triton.jit
+def walk(
+    u, u_stride, delta, delta_stride, z, z_stride, y, y_stride,
+    A, B, C, D, bias, starts, ends, totals,
     length, slice_length, chunks, channels, states: tl.constexpr,
     per_chunk, BLOCK: tl.constexpr, STATES: tl.constexpr,
     ORDER: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
-    """The state at each chunk's end from zero at its start (B, chunks, N, D), and its sum of dt."""
+    """Each chunk's output y from the state it starts from (B, chunks, N, D).
+
+    Without starts: no output, but where the chunk ends from a zero state, and its sum of dt.
+    """
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     d = _apart(tl.program_id(1), BLOCK)
     n = tl.arange(0, STATES)
     inside, real = d < channels, n < states
-    place = n[:, None] * channels + d[None, :]
     both = real[:, None] & inside[None, :]
-    a = tl.load(A + place, both, 0.0)
+    a = tl.load(A + n[:, None] * channels + d[None, :], both, 0.0)
     shift = tl.load(bias + d, inside, 0.0)
-    h = tl.zeros((STATES, BLOCK), tl.float32)
+    row = b * chunks + chunk
+    place = row * states * channels + n[:, None] * channels + d[None, :]
     total = tl.zeros((BLOCK,), tl.float32)
-    last = tl.minimum(chunk * per_chunk + per_chunk, length)
-    for step in tl.range(chunk * per_chunk, last, loop_unroll_factor=UNROLL):
-        token = _token(step, length, slice_length, ORDER)
-        x = _take(u, u_stride, b, d, token, inside)
-        dt = _step_size(_take(delta, delta_stride, b, d, token, inside) + shift, SOFTPLUS)
-        into = tl.load(B + (b * length + token) * states + n, real, 0.0)
+    if starts is None:
+        h = tl.zeros((STATES, BLOCK), tl.float32)
+    else:
+        h = tl.load(starts + place, both, 0.0)
+        direct = tl.load(D + d, inside, 0.0)
+    first = chunk * per_chunk
+    last = tl.minimum(first + per_chunk, length)
+    token, in_slice = _token(first, length, slice_length, ORDER)
+    x, raw, gate = _take_all(u, u_stride, delta, delta_stride, z, z_stride, b, d, token, inside)
+    for step in range(first, last):
+        here, weights = token, (b * length + token) * states + n
+        into = tl.load(B + weights, real, 0.0)
+        token, in_slice = _next(token, in_slice, length, slice_length, ORDER)
+        ahead = d < tl.where(step + 1 < last, channels, 0)  # loaded while this step is computed
+        later_x, later_raw, later_gate = _take_all(
+            u, u_stride, delta, delta_stride, z, z_stride, b, d, token, ahead
+        )
+        x = x.to(tl.float32)
+        dt = _step_size(raw.to(tl.float32) + shift, SOFTPLUS)
         h = tl.exp2(dt[None, :] * a) * h + (dt * x)[None, :] * into[:, None]
         total += dt
-    row = b * chunks + chunk
-    tl.store(ends + row * states * channels + place, h, both)
-    tl.store(totals + row * channels + d, total, inside)
+        if starts is not None:
+            out = tl.load(C + weights, real, 0.0)
+            result = tl.sum(h * out[:, None], 0) + direct * x
+            if z is not None:
+                gate = gate.to(tl.float32)
+                result *= gate * _sigmoid(gate)
+            tl.store(_place(y, y_stride, b, d, here), result, inside)
+        x, raw, gate = later_x, later_raw, later_gate
+    if starts is None:
+        tl.store(ends + place, h, both)
+        tl.store(totals + row * channels + d, total, inside)
 
 
 @triton.jit
@@ -113,63 +162,36 @@ def _then(decay, h, later_decay, later_h):
 
 @triton.jit
 def join(
-    ends, totals, A, starts, chunks, channels, states: tl.constexpr,
+    ends, totals, A, starts, chunks, channels: tl.constexpr, states: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
     """From what each chunk adds to a zero state to the state that each chunk starts from."""
     n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     d = _apart(tl.program_id(0), BLOCK)
-    r = tl.arange(0, ROWS)
+    r = tl.arange(0, ROWS)[:, None]
     inside = d < channels
     a = tl.load(A + n * channels + d, inside, 0.0)
+    first = b * chunks + (chunks - 1 if BACKWARDS else 0)
+    step: tl.constexpr = -1 if BACKWARDS else 1
+    totals += first * channels + d[None, :] + step * r * channels
+    ends += (first * states + n) * channels + d[None, :] + step * r * states * channels
+    starts += (first * states + n) * channels + d[None, :] + step * (r + 1) * states * channels
     h = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, chunks, ROWS):
-        k = first + r
-        chunk = b * chunks + (chunks - 1 - k if BACKWARDS else k)
-        mask = (k < chunks)[:, None] & inside[None, :]
-        decay = tl.exp2(tl.load(totals + chunk[:, None] * channels + d[None, :], mask, 0.0) * a)
-        place = (chunk[:, None] * states + n) * channels + d[None, :]
-        added = tl.load(ends + place, mask, 0.0)
-        added += tl.where(r[:, None] == 0, decay * h[None, :], -0.0)
+    tl.store(starts - step * (r + 1) * states * channels, 0.0, (r == 0) & inside[None, :])
+    total = tl.load(totals, (r < chunks) & inside[None, :], 0.0)
+    added = tl.load(ends, (r < chunks) & inside[None, :], 0.0)
+    for k in range(0, chunks, ROWS):
+        totals += step * ROWS * channels
+        ends += step * ROWS * states * channels
+        ahead = (k + ROWS + r < chunks) & inside[None, :]  # loaded while these rows are joined
+        later_total, later_added = tl.load(totals, ahead, 0.0), tl.load(ends, ahead, 0.0)
+        decay = tl.exp2(total * a)
+        added += tl.where(r == 0, decay * h[None, :], -0.0)
         decay, after = tl.associative_scan((decay, added), 0, _then)
-        following = -states * channels if BACKWARDS else states * channels
-        tl.store(starts + place + following, after, mask & (k < chunks - 1)[:, None])
-        h = tl.sum(tl.where(r[:, None] == ROWS - 1, after, -0.0), 0)
-    edge = b * chunks + (chunks - 1 if BACKWARDS else 0)
-    tl.store(starts + (edge * states + n) * channels + d, tl.zeros((BLOCK,), tl.float32), inside)
-
-
-@triton.jit
-def outputs(
-    u, u_stride, delta, delta_stride, z, z_stride, y, y_stride, A, B, C, D, bias, starts,
-    length, slice_length, chunks, channels, states: tl.constexpr,
-    per_chunk, BLOCK: tl.constexpr, STATES: tl.constexpr,
-    ORDER: tl.constexpr, SOFTPLUS: tl.constexpr,
-):  # fmt: skip
-    """The output, each chunk from the state it starts from."""
-    chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    d = _apart(tl.program_id(1), BLOCK)
-    n = tl.arange(0, STATES)
-    inside, real = d < channels, n < states
-    place = n[:, None] * channels + d[None, :]
-    both = real[:, None] & inside[None, :]
-    a = tl.load(A + place, both, 0.0)
-    shift = tl.load(bias + d, inside, 0.0)
-    direct = tl.load(D + d, inside, 0.0)
-    h = tl.load(starts + (b * chunks + chunk) * states * channels + place, both, 0.0)
-    last = tl.minimum(chunk * per_chunk + per_chunk, length)
-    for step in tl.range(chunk * per_chunk, last, loop_unroll_factor=UNROLL):
-        token = _token(step, length, slice_length, ORDER)
-        x = _take(u, u_stride, b, d, token, inside)
-        dt = _step_size(_take(delta, delta_stride, b, d, token, inside) + shift, SOFTPLUS)
-        row = (b * length + token) * states + n
-        into, out = tl.load(B + row, real, 0.0), tl.load(C + row, real, 0.0)
-        h = tl.exp2(dt[None, :] * a) * h + (dt * x)[None, :] * into[:, None]
-        result = tl.sum(h * out[:, None], 0) + direct * x
-        if z is not None:
-            gate = _take(z, z_stride, b, d, token, inside)
-            result *= gate * _sigmoid(gate)
-        tl.store(_place(y, y_stride, b, d, token), result, inside)
+        tl.store(starts, after, (k + 1 + r < chunks) & inside[None, :])
+        starts += step * ROWS * states * channels
+        h = tl.sum(tl.where(r == ROWS - 1, after, -0.0), 0)
+        total, added = later_total, later_added
 
 
 @triton.jit
@@ -197,34 +219,43 @@ def chunk_carries(
     since_start = tl.full((STATES, BLOCK), 1.0, tl.float32)
     carry = tl.zeros((STATES, BLOCK), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    last = tl.minimum(chunk * per_chunk + per_chunk, length)
-    for first in range(chunk * per_chunk, last, TILE):
-        tile = (b * tiles + first // TILE) * states * channels
-        tl.store(tile_starts + tile + place, h, both)
-        for step in range(first, tl.minimum(first + TILE, last)):
-            token = _token(step, length, slice_length, ORDER)
-            x = _take(u, u_stride, b, d, token, inside)
-            dt = _step_size(_take(delta, delta_stride, b, d, token, inside) + shift, SOFTPLUS)
-            g = _take(grad, grad_stride, b, d, token, inside)
-            row = (b * length + token) * states + n
-            into, out = tl.load(B + row, real, 0.0), tl.load(C + row, real, 0.0)
-            decay = tl.exp2(dt[None, :] * a)
-            h = decay * h + (dt * x)[None, :] * into[:, None]
-            if z is not None:
-                gate = _take(z, z_stride, b, d, token, inside)
-                s = _sigmoid(gate)
-                ungated = tl.sum(h * out[:, None], 0) + direct * x
-                by_gate = g * ungated * s * (1 + gate * (1 - s))
-                tl.store(_place(dz, dz_stride, b, d, token), by_gate, inside)
-                g *= gate * s
-            by_out = tl.sum(g[None, :] * h, 1)
-            tl.store(dC + block * tl.num_programs(2) * length * states + row, by_out, real)
-            since_start *= decay
-            carry += since_start * (g[None, :] * out[:, None])
-            total += dt
-    row = b * chunks + chunk
-    tl.store(carries + row * states * channels + place, carry, both)
-    tl.store(totals + row * channels + d, total, inside)
+    first = chunk * per_chunk
+    last = tl.minimum(first + per_chunk, length)
+    token, row = _token(first, length, slice_length, ORDER)
+    x, raw, gate = _take_all(u, u_stride, delta, delta_stride, z, z_stride, b, d, token, inside)
+    g = _take(grad, grad_stride, b, d, token, inside)
+    by_block = dC + block.to(tl.int64) * tl.num_programs(2) * length * states
+    for step in range(first, last):
+        if step % TILE == 0:
+            tile = (b * tiles + step // TILE) * states * channels
+            tl.store(tile_starts + tile + place, h, both)
+        weights = (b * length + token) * states + n
+        into, out = tl.load(B + weights, real, 0.0), tl.load(C + weights, real, 0.0)
+        dz_at = _place(grad if z is None else dz, dz_stride, b, d, token)
+        token, row = _next(token, row, length, slice_length, ORDER)
+        ahead = d < tl.where(step + 1 < last, channels, 0)
+        later_x, later_raw, later_gate = _take_all(
+            u, u_stride, delta, delta_stride, z, z_stride, b, d, token, ahead
+        )
+        later_g = _take(grad, grad_stride, b, d, token, ahead)
+        x, g = x.to(tl.float32), g.to(tl.float32)
+        dt = _step_size(raw.to(tl.float32) + shift, SOFTPLUS)
+        decay = tl.exp2(dt[None, :] * a)
+        h = decay * h + (dt * x)[None, :] * into[:, None]
+        if z is not None:
+            gate = gate.to(tl.float32)
+            s = _sigmoid(gate)
+            ungated = tl.sum(h * out[:, None], 0) + direct * x
+            tl.store(dz_at, g * ungated * s * (1 + gate * (1 - s)), inside)
+            g *= gate * s
+        tl.store(by_block + weights, tl.sum(g[None, :] * h, 1), real)
+        since_start *= decay
+        carry += since_start * (g[None, :] * out[:, None])
+        total += dt
+        x, raw, gate, g = later_x, later_raw, later_gate, later_g
+    at = b * chunks + chunk
+    tl.store(carries + at * states * channels + place, carry, both)
+    tl.store(totals + at * channels + d, total, inside)
 
 
 @triton.jit
@@ -232,7 +263,7 @@ def gradients(
     u, u_stride, delta, delta_stride, z, z_stride, grad, grad_stride,
     du, du_stride, ddelta, ddelta_stride, A, B, C, D, bias, tile_starts, carries, dB, dA, dD, dbias,
     length, slice_length, chunks, tiles, channels, states: tl.constexpr,
-    per_chunk, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    per_chunk, TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
     ORDER: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """The other gradients, tile by tile from each chunk's end; `carries` is used up on the way."""
@@ -247,57 +278,74 @@ def gradients(
     first_tile = chunk * (per_chunk // TILE)
     here = tl.minimum(tiles - first_tile, per_chunk // TILE)
     padded = length + 2 * TILE
-    slab = block.to(tl.int64) * tl.num_programs(2) * padded * states
+    by_block = dB + block.to(tl.int64) * tl.num_programs(2) * padded * states
+    carries_at = carries + row * states * channels + d
+    dA_at = dA + row * states * channels + d
     for i in range(here):
         tile = first_tile + here - 1 - i
-        origin = _token(tile * TILE, length, slice_length, ORDER)
+        origin, in_slice = _token(tile * TILE, length, slice_length, ORDER)
+        token = origin
         u_at = _place(u, u_stride, b, d, origin)
         delta_at = _place(delta, delta_stride, b, d, origin)
         grad_at = _place(grad, grad_stride, b, d, origin)
         offsets, masks, dts, inputs, gs, by_x, by_exponent = (), (), (), (), (), (), ()
         for k in tl.static_range(TILE):
-            step = tile * TILE + k
-            offset = (_token(step, length, slice_length, ORDER) - origin).to(tl.int64)
-            mask = d < tl.where(step < length, channels, 0)
+            real = tile * TILE + k < length
+            mask = d < tl.where(real, channels, 0)
+            if ORDER == "inter_slice":
+                token = tl.where(real, token, length)
+            offset = (token - origin).to(tl.int64)
             x = tl.load(u_at + offset * u_stride[2], mask, 0.0).to(tl.float32)
             raw = tl.load(delta_at + offset * delta_stride[2], mask, 0.0).to(tl.float32) + shift
             dt = tl.where(mask, _step_size(raw, SOFTPLUS), 0.0)
             g = tl.load(grad_at + offset * grad_stride[2], mask, 0.0).to(tl.float32)
             if z is not None:
-                gate = _take(z, z_stride, b, d, origin + offset, mask)
+                gate = _take(z, z_stride, b, d, token, mask).to(tl.float32)
                 g *= gate * _sigmoid(gate)
             offsets, masks, gs = offsets + (offset,), masks + (mask,), gs + (g,)
             dts, inputs = dts + (dt,), inputs + (dt * x,)
             by_x = by_x + (tl.zeros((BLOCK,), tl.float32),)
             by_exponent = by_exponent + (tl.zeros((BLOCK,), tl.float32),)
-        rows = (b * padded + TILE + origin) * states
+            token, in_slice = _next(token, in_slice, length, slice_length, ORDER)
+        weights = (b * padded + TILE + origin) * states
+        starts_at = tile_starts + (b * tiles + tile) * states * channels + d
+        a, h = tl.load(A + d, inside, 0.0), tl.load(starts_at, inside, 0.0)
+        p = tl.load(carries_at, inside, 0.0)
         for n in range(states):
-            place = (row * states + n) * channels + d
-            a = tl.load(A + n * channels + d, inside, 0.0)
-            h = tl.load(tile_starts + ((b * tiles + tile) * states + n) * channels + d, inside, 0.0)
-            p = tl.load(carries + place, inside, 0.0)
-            decays, befores, intos = (), (), ()
+            ahead = d < tl.where(n + 1 < states, channels, 0)
+            later = (n + 1) * channels  # loaded while this state is computed
+            later_a = tl.load(A + later + d, ahead, 0.0)
+            later_h = tl.load(starts_at + later, ahead, 0.0)
+            later_p = tl.load(carries_at + later, ahead, 0.0)
+            sum_A = tl.load(dA_at + n * channels, d < tl.where(i > 0, channels, 0), 0.0)
+            intos, outs = (), ()
             for k in tl.static_range(TILE):
-                into = tl.load(B + rows + n + offsets[k] * states)
+                intos = intos + (tl.load(B + weights + n + offsets[k] * states),)
+                outs = outs + (tl.load(C + weights + n + offsets[k] * states),)
+            decays, befores = (), ()
+            for k in tl.static_range(TILE):
                 decay = tl.exp2(dts[k] * a)
                 before = decay * h
-                h = before + inputs[k] * into
-                decays, befores, intos = decays + (decay,), befores + (before,), intos + (into,)
-            sum_A = tl.zeros((BLOCK,), tl.float32)
-            if i > 0:
-                sum_A = tl.load(dA + place, inside, 0.0)
-            next_x, next_exponent = (), ()
+                h = before + inputs[k] * intos[k]
+                decays, befores = decays + (decay,), befores + (before,)
+            later_x, later_exponent, by_into = (), (), ()
             for k in tl.static_range(TILE - 1, -1, -1):
-                q = gs[k] * tl.load(C + rows + n + offsets[k] * states) + p
+                q = gs[k] * outs[k] + p
                 p = decays[k] * q
-                tl.store(dB + slab + rows + n + offsets[k] * states, tl.sum(q * inputs[k], 0))
                 by_decay = q * befores[k]
                 sum_A += by_decay * dts[k]
-                next_x = (by_x[k] + q * intos[k],) + next_x
-                next_exponent = (by_exponent[k] + by_decay * a,) + next_exponent
-            by_x, by_exponent = next_x, next_exponent
-            tl.store(dA + place, sum_A, inside)
-            tl.store(carries + place, p, inside)
+                later_x = (by_x[k] + q * intos[k],) + later_x
+                later_exponent = (by_exponent[k] + by_decay * a,) + later_exponent
+                by_into = (q * inputs[k],) + by_into
+            by_x, by_exponent = later_x, later_exponent
+            sums = ()
+            for k in tl.static_range(TILE):
+                sums = sums + (tl.sum(by_into[k], 0),)
+            for k in tl.static_range(TILE):
+                tl.store(by_block + weights + n + offsets[k] * states, sums[k])
+            tl.store(dA_at + n * channels, sum_A, inside)
+            tl.store(carries_at + n * channels, p, inside)
+            a, h, p = later_a, later_h, later_p
         du_at = _place(du, du_stride, b, d, origin)
         ddelta_at = _place(ddelta, ddelta_stride, b, d, origin)
         for k in tl.static_range(TILE):
