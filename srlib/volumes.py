@@ -120,7 +120,7 @@ def case_view(
     beside.legend(handles=key, loc="upper left")
     lines = [
         f"{row['class']}\n  Dice {row['dice']:.3f}\n  NSD {row['nsd']:.3f}\n  HD95 {row['hd95']:.1f} mm\n"
-        f"  {row['volume_pred_ml']:.2f} ml, true {row['volume_ref_ml']:.2f} ml\n"
+        f"  {row['volume_pred_ml']:.4g} ml, reference {row['volume_ref_ml']:.4g} ml\n"
         for row in ([] if scan.metrics is None else scan.metrics.to_dict("records"))
     ]
     beside.text(0.05, 0.02, "\n".join(lines), size=8, va="bottom", linespacing=1.4)
