@@ -207,16 +207,16 @@ def run(plan: Plan, force: bool = False) -> None:
             raise
         computed += 1
         rewritten = f"\r{line}" if sys.stderr.isatty() else ""  # over papermill's progress bar
-        print(rewritten + duration(seconds))
+        print(rewritten + site.duration(seconds))
     unchanged, seconds = len(plan.notebooks) - computed, time.perf_counter() - start
     done = plan.manifest["notebooks"]
     outputs = [name for entry in done.values() for name in entry["outputs"]]
     figures, tables = (sum(name.endswith(end) for name in outputs) for end in (".png", ".csv"))
     print(
-        f"{computed} computed, {unchanged} unchanged, {duration(seconds)} in all; "
+        f"{computed} computed, {unchanged} unchanged, {site.duration(seconds)} in all; "
         f"{figures} figures and {tables} tables\n"
         f"results: {_shown(plan.results)}\n"
-        f"to read: {_shown(plan.executed(plan.notebooks[0], '.html'))} and the pages beside it"
+        f"to read: {_shown(site.write_index(plan.results, plan.manifest))}"
     )
     if plan.seed == 0 and reference.exists(plan.profile, plan.dataset):
         print(reference.verdict(reference.compare(plan.profile, plan.dataset, done)))
@@ -322,14 +322,6 @@ def store_outputs(plan: Plan) -> None:
         )
         with paths.atomic_path(notebook) as temporary:
             nbformat.write(source, temporary)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: `7 s`, `2 min 05 s`, `3 h 20 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _read(notebook: Path) -> NotebookNode:

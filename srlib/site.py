@@ -1,16 +1,42 @@
-"""The collection as web pages that need no other file and no network."""
+"""The collection as web pages: a page for each notebook, and `index.html`, the front page of a results folder.
+
+They need no network and work from the file system. Each picture has its alt text.
+"""
 
 from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
+from jinja2 import Environment, PackageLoader
+from PIL import Image
 
+from srlib import data
 from srlib.paths import atomic_path
+
+# JupyterLab's look without what nbconvert would load from the network: no notebook has formulas in TeX, widgets or
+# Mermaid diagrams. Its prompts, comments and links are too faint for some readers.
+PAGE = """
+{%- extends "lab/index.html.j2" -%}
+{% block html_head_js_requirejs %}{% endblock %}
+{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+{% block html_head_css %}
+<style>
+body { --jp-cell-prompt-not-active-opacity: 1; --jp-cell-prompt-not-active-font-color: #595959; }
+.highlight .c1, .highlight .o, .highlight .ow, .highlight .nd { color: #2f5f5f; }
+.highlight .mi, .highlight .mf { color: #006400; }
+main .jp-Cell .jp-RenderedHTMLCommon a { text-decoration: underline; }
+</style>
+{% endblock %}
+"""
+CLAIMS = "tables/07-claims.csv"  # the verdicts, which the notebook about the claims writes
 
 
 def with_alt_text(notebook: Any) -> Any:
@@ -33,7 +59,71 @@ def write_page(executed: Path) -> None:
 
     resources = {"metadata": {"name": executed.stem}}
     notebook = with_alt_text(nbformat.read(executed, as_version=4))
-    html, _ = HTMLExporter().from_notebook_node(notebook, resources)
+    html, _ = HTMLExporter(raw_template=PAGE).from_notebook_node(notebook, resources)
     html = re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', html)  # page links to page
     with atomic_path(executed.with_suffix(".html")) as temporary:
         temporary.write_text(html, encoding="utf-8")
+
+
+def write_index(results: Path, manifest: Mapping[str, Any]) -> Path:
+    """Write the front page of a results folder: the claims when they are there, each notebook and its figures.
+
+    Args:
+        results: the folder of one run of the collection.
+        manifest: what `srlib.collection` wrote down about it.
+
+    Returns:
+        The page, `index.html` in that folder.
+    """
+    claims, done = results / CLAIMS, manifest["notebooks"]
+    page = (
+        _environment()
+        .get_template("index.html.j2")
+        .render(
+            profile=manifest["profile"],
+            dataset=manifest["dataset"],
+            seed=manifest["seed"],
+            virtual=data.get(manifest["dataset"]).virtual,
+            time=duration(sum(entry["seconds"] for entry in done.values())),
+            claims=pd.read_csv(claims, comment="#").to_dict("records") if claims.is_file() else [],
+            notebooks=[_describe(results, name, done[name]) for name in sorted(done)],
+        )
+    )
+    with atomic_path(results / "index.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return results / "index.html"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: `7 s`, `2 min 05 s`, `3 h 20 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _describe(results: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the front page says of a notebook."""
+    executed = nbformat.read(results / "notebooks" / f"{name}.ipynb", as_version=4)
+    title = next(re.findall(r"(?m)^# (.+)", c.source) for c in executed.cells if "# " in c.source)
+    figures = [file for file in entry["outputs"] if file.endswith(".png")]
+    return {
+        "name": name,
+        "title": title[0],
+        "time": duration(entry["seconds"]),
+        "device": entry["device"],
+        "commit": entry["commit"][:8] + ("+changes" if entry["dirty"] else ""),
+        "finished": entry["finished"][:10],
+        "tables": sum(file.endswith(".csv") for file in entry["outputs"]),
+        "figures": [{"file": file, "alt": _alt_text(results / file)} for file in figures],
+    }
+
+
+def _alt_text(picture: Path) -> str:
+    """The alt text that `srlib.plots.Record.show` wrote into a PNG."""
+    with Image.open(picture) as image:
+        return str(image.info["Description"])
+
+
+def _environment() -> Environment:
+    return Environment(loader=PackageLoader("srlib", "."), autoescape=True, trim_blocks=True)

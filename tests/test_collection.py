@@ -81,6 +81,7 @@ def test_run_executes_from_the_source_and_writes_everything_down(
     assert states(output) == {"00_first": "s"}
     assert "1 computed, 0 unchanged" in output
     assert "0 figures and 1 tables" in output
+    assert "index.html" in output.splitlines()[-1]
     results = tmp_path / "results" / "smoke" / "mni152"
     folder = results / "notebooks"
     assert {file.name for file in folder.iterdir()} == {
@@ -91,6 +92,7 @@ def test_run_executes_from_the_source_and_writes_everything_down(
     page = (folder / "00_first.html").read_text()
     assert "About 00_first" in page
     assert 'href="01_second.html"' in page
+    assert 'href="notebooks/00_first.html">About 00_first' in (results / "index.html").read_text()
     assert source.read_bytes() == before
     manifest = json.loads((results / "manifest.json").read_text())
     entry = manifest["notebooks"]["00_first"]
@@ -261,20 +263,6 @@ def test_store_outputs_refuses_paths_of_this_machine(notebooks):
     with pytest.raises(ValueError, match="the output of cell 3"):
         collection.store_outputs(plan(notebooks))
     assert source.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.4, "0 s"),
-        (59.6, "1 min 00 s"),
-        (65, "1 min 05 s"),
-        (3599.7, "1 h 00 min"),
-        (12000, "3 h 20 min"),
-    ],
-)
-def test_duration(seconds, text):
-    assert collection.duration(seconds) == text
 
 
 @pytest.mark.slow
