@@ -26,7 +26,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from multiprocessing import get_context
@@ -39,7 +39,6 @@ from unittest.mock import patch
 import pandas as pd
 import psutil
 import torch
-from monai.losses import DiceCELoss
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -47,7 +46,8 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from srlib.baselines import Padded, build, with_checkpoints
+from srlib.baselines import Padded
+from srlib.workload import Workload
 
 GIB = 2**30
 TRACKED = {  # what torch's memory tracker calls them -> part
@@ -61,46 +61,6 @@ TRACKED = {  # what torch's memory tracker calls them -> part
 }
 PARTS = tuple(dict.fromkeys(TRACKED.values()))
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
-loss_function = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A training step with one image: forward, loss (Dice and cross-entropy), backward, Adam.
-
-    Attributes:
-        peer: name in `srlib.baselines.PEERS`.
-        size: voxels along each edge of the image.
-        in_channels, out_channels: modalities and classes; the defaults are BTCV's.
-        precision: `fp32`, or `bf16` under autocast.
-        checkpointing: keep only the inputs of the network's blocks and compute the rest again.
-    """
-
-    peer: str
-    size: int = 128
-    in_channels: int = 1
-    out_channels: int = 14
-    precision: str = "fp32"
-    checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
-
-    def network(self) -> nn.Module:
-        """The network with random weights."""
-        network = build(self.peer, self.in_channels, self.out_channels, self.size)
-        return with_checkpoints(network) if self.checkpointing else network
-
-    def batch(self, device: str) -> tuple[Tensor, Tensor]:
-        """A random image (1, C_in, D, H, W) and label (1, 1, D, H, W)."""
-        cube = (self.size,) * 3
-        image = torch.randn(1, self.in_channels, *cube, device=device)
-        return image, torch.randint(self.out_channels, (1, 1, *cube), device=device)
-
-    def autocast(self, device: str) -> AbstractContextManager:
-        """The context of forward pass and loss."""
-        return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 class _RealRanges(TorchFunctionMode):
@@ -173,7 +133,7 @@ def count(work: Workload) -> Count:
 
     Adam's moments are there from the start, as in all steps but the first. Operators keep what they keep on the CPU.
     """
-    with fake(work) as (network, image, label):
+    with work.setting(), fake(work) as (network, image, label):
         adam = torch.optim.Adam(network.parameters(), fused=True)
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -184,12 +144,12 @@ def count(work: Workload) -> Count:
         stages = _Stages(network, tracker)
         with tracker, flops:
             with work.autocast("cpu"):
-                logits = network(image)
+                output = network(image)
                 gmacs = {k: dict(v) for k, v in flops.get_flop_counts().items()}
                 kept = tracker.parts()["activations"]
                 with _RealRanges():
-                    loss = loss_function(logits, label)
-            del logits
+                    loss = work.loss(network, output, label)
+            del output
             kept_by_loss = tracker.parts()["activations"] - kept
             loss.backward()
             adam.step()
@@ -252,14 +212,14 @@ def measure(
         system meanwhile: `resident` on the CPU, `reserved` on CUDA.
     """
     report("building")
-    with process_memory(device) as process:
+    with work.setting(), process_memory(device) as process:
         network = work.network().to(device)
         adam = torch.optim.Adam(network.parameters(), fused=True)
         image, label = work.batch(device)
 
         def forward() -> Tensor:
             with work.autocast(device):
-                return loss_function(network(image), label)
+                return work.loss(network, network(image), label)
 
         def step() -> None:
             adam.zero_grad()

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from srlib.profiling import PARTS, Workload, count, loss_function, measure, measure_apart, published
+from srlib.profiling import PARTS, Workload, count, measure, measure_apart, published
+from srlib.workload import loss_function
 
 SMALL = Workload("unet", size=32, out_channels=4)  # four: the CPU pads channels to a multiple
 
