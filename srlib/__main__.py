@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
 import typer
@@ -103,15 +105,25 @@ def test(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON)
 def lab(context: typer.Context) -> None:
-    """Open JupyterLab on the notebooks; further arguments go to it, as --no-browser."""
+    """Open JupyterLab at 00_start_here, with the explorers; further arguments go to it, as --no-browser."""
+    from tempfile import TemporaryDirectory
+
     from jupyterlab.labapp import main
 
     from srlib.collection import kernel_environment
     from srlib.profiles import current
 
     os.chdir(paths.NOTEBOOKS)
-    with kernel_environment(current().name):
-        main(context.args)
+    os.environ["SRLIB_INTERACTIVE"] = "1"
+    with kernel_environment(current().name), TemporaryDirectory() as folder:
+        quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
+        Path(folder, "overrides.json").write_text(json.dumps(quiet))
+        options = {
+            "default_url": "/lab/tree/00_start_here.ipynb",
+            "workspaces_dir": folder,  # nothing of former sessions is opened
+            "app_settings_dir": folder,
+        }
+        main([*(f"--LabApp.{name}={value}" for name, value in options.items()), *context.args])
 
 
 @app.command()

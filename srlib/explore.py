@@ -90,7 +90,11 @@ def explore_cases(
     width = widgets.FloatSlider(description="window", min=0.1, max=10, step=0.1)
     level = widgets.FloatSlider(description="level", min=-5, max=5, step=0.1)
     names = [*classes, *load(case_ids[0]).labels]
-    toggles = {name: widgets.Checkbox(True, description=name, indent=False) for name in names}
+    narrow = widgets.Layout(width="auto", margin="2px 1em")
+    toggles = {
+        name: widgets.Checkbox(True, description=name, indent=False, layout=narrow)
+        for name in names
+    }
 
     def adjust(name: str) -> None:
         scan, cut = load(case.value), PLANES[plane.value]
