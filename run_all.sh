@@ -7,16 +7,14 @@
 #   ./run_all.sh --only 03            one notebook; may be repeated
 #   ./run_all.sh --force              compute what is there and unchanged again
 #   ./run_all.sh --seed 1             another seed of every training; its results go apart
-#   ./run_all.sh --seed N             other initial weights and samples, results apart
 #   ./run_all.sh --list               the notebooks and whether they are done
-#   ./run_all.sh verify               compare the last run with the committed reference
 #   ./run_all.sh test                 the tests, and the notebooks in the smoke profile
 #   ./run_all.sh verify               compare the last run's tables with the repository's
-#   ./run_all.sh lab                  JupyterLab on the notebooks
+#   ./run_all.sh lab                  JupyterLab at 00_start_here, with the explorers
 #   ./run_all.sh info | data          the other commands of "python -m srlib"; each has -h
 #
-# Results go to results/<profile>/<dataset>/. It uses the active Python environment when everything in
-# pyproject.toml is installed there; otherwise it makes .venv from requirements.lock, once.
+# Results go to results/<profile>/<dataset>/, index.html there is the front page. It uses the active Python
+# environment when everything in pyproject.toml is installed there; otherwise it makes .venv from requirements.lock, once.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
