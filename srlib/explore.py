@@ -142,7 +142,8 @@ def explore_orders(shape: Sequence[int] = (4, 4, 4)) -> Explorer:
         orders = {name: token_order(name, prod(shape), nslices) for name in ORDERS}
         figure = order_view(shape, orders, order, position, pair)
         far = "; ".join(text.get_text() for text in figure.axes[1].texts)
-        return figure, f"Order {order} in a grid of {shape}; A = {pair[0]} and B = {pair[1]}: {far}"
+        path = f"Order {order} up to step {position} in a grid of {shape}"
+        return figure, f"{path}; A = {pair[0]} and B = {pair[1]}: {far}"
 
     fields = list(ends.values())
     controls = {**size, "order": order, "nslices": nslices, "position": position, **ends}
