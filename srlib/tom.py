@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from srlib.recompute import recomputed
 from srlib.scan import ORDERS, mamba_mixer
 
 # Suffix of each order's own parameters in the published layout.
@@ -94,13 +95,14 @@ class TriOrientedMamba(nn.Module):
     def forward(self, tokens: Tensor, depth: int) -> Tensor:
         """Mix tokens (B, L, C) of a feature map with `depth` slices; returns (B, L, C)."""
         nslices = self.nslices or depth
-        x, z = (F.linear(tokens, weight) for weight in self.in_proj.weight.chunk(2))  # (B, L, E)
+        into_x, into_z = self.in_proj.weight.chunk(2)
+        x = F.linear(tokens, into_x)  # (B, L, E)
         y = self._mix(x, self.scan_orders[0], nslices)
         for order in self.scan_orders[1:]:
             y += self._mix(x, order, nslices)
         # The gate acts token by token, so the three orders share it: it is applied once, to their sum.
         # It is cheaper to compute again in the backward pass than to keep.
-        return checkpoint(self._gated_projection, y, z, use_reentrant=False)
+        return recomputed(y, partial(self._gated_projection, tokens, into_z))
 
     def _mix(self, x: Tensor, order: str, nslices: int) -> Tensor:
         """One Mamba mixer without gate over x (B, L, E) visited in `order`; returns (B, L, E)."""
@@ -121,7 +123,8 @@ class TriOrientedMamba(nn.Module):
             nslices=nslices,
         )
 
-    def _gated_projection(self, y: Tensor, z: Tensor) -> Tensor:
+    def _gated_projection(self, tokens: Tensor, into_z: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(tokens, into_z)  # (B, L, E)
         return self.out_proj(y * F.silu(z))
 
 

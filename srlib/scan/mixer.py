@@ -4,7 +4,8 @@
 `srlib::fused_mixer` computes the same in the scan's own way. It goes along the order of visit in
 stretches whose inner tensors stay in the cache: tokens are read and written where they lie, so that no
 permuted copy is made, and between its input and the states nothing of the sequence's length is ever
-stored - a stretch is computed again in the backward pass.
+stored - a stretch is computed again in the backward pass. Elsewhere the composition as a whole is
+computed again, so that there, too, only x is kept.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from srlib.recompute import recomputed
 
 from . import cpu
 from .choice import backends
@@ -66,6 +69,12 @@ def mamba_mixer(
     if _can_fuse(x, conv_weight):
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
         return fused_mixer(x, *weights, order, nslices, keep)[0]
+    return recomputed(x, functools.partial(_composed, weights, order, nslices))
+
+
+def _composed(weights: Sequence[Tensor], order: str, nslices: int, x: Tensor) -> Tensor:
+    """The mixer step by step, over a copy of x in the order of visit."""
+    conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D = weights
     tokens = token_order(order, x.shape[1], nslices).to(x.device)
     visited = x[:, tokens].transpose(1, 2)  # (B, L, E) -> (B, E, L) in the order of visit
     u = _causal_conv()(visited, conv_weight, conv_bias)
