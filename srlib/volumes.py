@@ -106,7 +106,9 @@ def case_view(
     """
     cut = PLANES[plane]
     at = fullest(next(iter(scan.labels.values())))[cut] if at is None else at
-    figure, (axis, beside) = subplots(1, 2, height=4.2, width_ratios=(2, 1))
+    figure, axis = subplots(height=4.2)
+    axis.set_position((0.1, 0.16, 0.56, 0.76))  # the same for every slice
+    axis.locator_params(nbins=5)
     _draw_image(axis, scan.image, cut, at, spacing, window or full_window(scan.image))
     visible = set(classes) | set(scan.labels) if shown is None else set(shown)
     drawn = [k for k, name in enumerate(classes) if name in visible]
@@ -116,14 +118,13 @@ def case_view(
             _draw_labels(axis, labels, cut, at, spacing, drawn, linestyles=[dash])
             key.append(Line2D([], [], color=GREY, linestyle=dash, label=name))
     axis.set(title=f"{plane} slice {at} (0 to {np.shape(scan.image)[cut] - 1})")
-    beside.set_axis_off()
-    beside.legend(handles=key, loc="upper left")
+    figure.legend(handles=key, loc="upper left", bbox_to_anchor=(0.68, 0.94))
     lines = [
         f"{row['class']}\n  Dice {row['dice']:.3f}\n  NSD {row['nsd']:.3f}\n  HD95 {row['hd95']:.1f} mm\n"
         f"  {row['volume_pred_ml']:.4g} ml, reference {row['volume_ref_ml']:.4g} ml\n"
         for row in ([] if scan.metrics is None else scan.metrics.to_dict("records"))
     ]
-    beside.text(0.05, 0.02, "\n".join(lines), size=8, va="bottom", linespacing=1.4)
+    figure.text(0.69, 0.14, "\n".join(lines), size=8, va="bottom", linespacing=1.4)
     return figure
 
 

@@ -222,7 +222,7 @@ def test_case_view_draws_the_slice_window_and_outlines_that_are_asked_for():
         scan, CLASSES, SPACING, "coronal", 8, shown=["prediction", "white matter"]
     )
     assert len(one.axes[0].collections) == 1
-    legend = [text.get_text() for text in one.axes[1].get_legend().get_texts()]
+    legend = [text.get_text() for text in one.legends[0].get_texts()]
     assert legend == ["white matter", "prediction"]
 
 
