@@ -10,7 +10,6 @@ A row is written as soon as it is there. `time` measures each arrangement in a f
 from __future__ import annotations
 
 import argparse
-import platform
 from itertools import product
 
 import pandas as pd
@@ -52,7 +51,7 @@ def count_all() -> None:
 
 def time_levers(device: str, size: int, steps: int) -> None:
     """The steps of `levers.steps`: fp32 on the CPU, where bf16 is emulated by most processors, both on CUDA."""
-    named = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+    named = torch.cuda.get_device_name() if device == "cuda" else provenance.cpu_name()
     precisions = ("fp32", "bf16") if device == "cuda" else ("fp32",)
     rows = []
     for work, lever in levers.steps(precisions, size).items():
