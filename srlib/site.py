@@ -61,6 +61,7 @@ def write_page(executed: Path) -> None:
     notebook = with_alt_text(nbformat.read(executed, as_version=4))
     html, _ = HTMLExporter(raw_template=PAGE).from_notebook_node(notebook, resources)
     html = re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', html)  # page links to page
+    html = html.replace("<th></th>", "<td></td>")  # the corner of pandas' tables heads nothing
     with atomic_path(executed.with_suffix(".html")) as temporary:
         temporary.write_text(html, encoding="utf-8")
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -35,7 +36,8 @@ def results(tmp_path):
     (folder / "notebooks").mkdir()
     text = "## Next\n\nSee [the second](01_second.ipynb#part) of the two."
     shown = "# a comment\n@decorate\ndef f(x):\n    return 1 + x**0.5 if x in [2] else 'text'"
-    output = new_output("execute_result", data={"text/plain": "42"}, execution_count=1)
+    table = pd.DataFrame({"a": [1, 2]}).to_html()
+    output = new_output("execute_result", data={"text/html": table}, execution_count=1)
     for name, title in (("00_first", "00 First & foremost"), ("01_second", "01 Second")):
         code = new_code_cell(shown, outputs=[output], execution_count=1)
         cells = [new_markdown_cell(f"# {title}\n\nText."), new_markdown_cell(text), code]
