@@ -115,7 +115,7 @@ def _gated_mixer(
     nslices: int,
 ) -> Tensor:
     """Mamba's mixer with its gate z (B, L, E), over copies in the order of visit (`mamba_mixer` has the rest)."""
-    tokens = token_order(order, x.shape[1], nslices).to(x.device)
+    tokens = token_order(order, x.shape[1], nslices, x.device)
     visited, gate = (t[:, tokens].transpose(1, 2) for t in (x, z))  # (B, L, E) -> (B, E, L)
     padded = F.pad(visited, (conv_weight.shape[1] - 1, 0))
     u = F.silu(F.conv1d(padded, conv_weight[:, None], conv_bias, groups=len(conv_weight)))

@@ -75,7 +75,7 @@ def mamba_mixer(
 def _composed(weights: Sequence[Tensor], order: str, nslices: int, x: Tensor) -> Tensor:
     """The mixer step by step, over a copy of x in the order of visit."""
     conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D = weights
-    tokens = token_order(order, x.shape[1], nslices).to(x.device)
+    tokens = token_order(order, x.shape[1], nslices, x.device)
     visited = x[:, tokens].transpose(1, 2)  # (B, L, E) -> (B, E, L) in the order of visit
     u = _causal_conv()(visited, conv_weight, conv_bias)
     dt, B, C = F.linear(u.transpose(1, 2), x_proj).split(_sizes(dt_proj, A), dim=-1)

@@ -16,7 +16,9 @@ from torch import Tensor
 ORDERS = ("forward", "reverse", "inter_slice")
 
 
-def token_order(order: str, length: int, nslices: int = 1) -> Tensor:
+def token_order(
+    order: str, length: int, nslices: int = 1, device: torch.device | None = None
+) -> Tensor:
     """The tokens of a sequence in the order in which a scan visits them.
 
     Args:
@@ -24,17 +26,18 @@ def token_order(order: str, length: int, nslices: int = 1) -> Tensor:
         length: number of tokens L.
         nslices: number of slices S of the inter-slice order. When S does not divide L, slices have
             `ceil(L / S)` tokens and the last ones fewer or none; what does not exist is skipped.
+        device: where the result is made, the default device when None.
 
     Returns:
         LongTensor (L,): entry t is the place in memory of the token visited at step t.
     """
     check_order(order, nslices)
-    tokens = torch.arange(length)
+    tokens = torch.arange(length, device=device)
     if order == "reverse":
         return tokens.flip(0)
     if order == "inter_slice":
         slice_length = -(-length // nslices)
-        grid = torch.arange(nslices * slice_length).view(nslices, slice_length)
+        grid = torch.arange(nslices * slice_length, device=device).view(nslices, slice_length)
         visited = grid.T.flatten()  # (S, I) -> (I * S,)
         # A mask has no shape that fake tensors could know, so it is used only where slices are short.
         return visited if len(visited) == length else visited[visited < length]
