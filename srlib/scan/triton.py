@@ -141,7 +141,7 @@ def backward(inputs: ScanInputs, options: Options, states: Tensor, grad: Tensor)
     carries, totals = torch.empty_like(states), go.room()
 
     by_block = go.A.new_empty(go.grid[1], *go.C.shape)  # (blocks of channels, B, L, N)
-    sequences = (u, delta, z, grad, out.get("z"))
+    sequences: tuple[Tensor | None, ...] = (u, delta, z, grad, out.get("z"))
     go.run(
         "chunk_carries", sequences, go.B, go.C, states, tile_starts, carries, totals, by_block, **tiles
     )  # fmt: skip
