@@ -10,6 +10,7 @@ that says how far it got. No new row is begun after `--minutes`.
 from __future__ import annotations
 
 import argparse
+import platform
 import time
 from dataclasses import asdict
 from itertools import product
@@ -51,13 +52,14 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
+    device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()
     start, rows = time.monotonic(), []
     for work, setting in workloads(options.peers, options.size).items():
         if time.monotonic() - start > 60 * options.minutes:
             print("out of time before", setting, work)
             break
         result = measure_apart(work, options.device, options.steps)
-        made_with = {"device": options.device, "torch": torch.__version__}
+        made_with = {"device": device, "torch": torch.__version__}
         rows.append({"setting": setting, **asdict(work), **result, **made_with})
         pd.DataFrame(rows).to_csv(options.out, index=False, float_format="%.6g")
         print(f"{time.monotonic() - start:5.0f} s", setting, work, result, flush=True)
