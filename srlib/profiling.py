@@ -132,6 +132,8 @@ def count(work: Workload) -> Count:
     """Count a training step without running it, in seconds, whatever the size.
 
     Adam's moments are there from the start, as in all steps but the first. Operators keep what they keep on the CPU.
+    What Python's garbage collector has not yet freed counts, so that the peak of a network which computes again in the
+    backward pass is an upper bound and may differ by some percent from one count to the next; what is kept does not.
     """
     with work.setting(), fake(work) as (network, image, label):
         adam = torch.optim.Adam(network.parameters(), fused=True)
