@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import threading
+import time
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from srlib.scan import backends, cpu, operator, selective_scan
+from srlib.scan import backends, operator, selective_scan, threads
 
 BACKENDS = ["chunked", *(["cpu"] if backends()["cpu"].available else [])]
 NEEDS_NUMBA = pytest.mark.skipif(
@@ -114,27 +116,57 @@ def test_a_gradient_is_only_prepared_for_when_asked_for():
     assert operator.scan(*inputs.values(), *options, False)[1].numel() == 0
 
 
-@NEEDS_NUMBA
-def test_torchs_number_of_threads_is_kept_to(monkeypatch):
-    pools = []
-    make = cpu._pool.__wrapped__
-    monkeypatch.setattr(
-        cpu, "_pool", lambda pid, threads: pools.append(threads) or make(pid, threads)
-    )
-    inputs = random_inputs(1, 64, 90, 5)
+@pytest.fixture(params=["torch's threads", "a pool"])
+def team(request, monkeypatch):
+    """Both places where tasks can run; a torch without GNU's OpenMP has only the second."""
+    if request.param == "a pool":
+        monkeypatch.setattr(threads, "_gnu_openmp", lambda: None)
+    elif threads._gnu_openmp() is None:
+        pytest.skip("this torch comes without GNU's OpenMP")
     before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@NEEDS_NUMBA
+def test_torchs_number_of_threads_is_kept_to(monkeypatch, team):
+    used, run = set(), threads.run
+
+    def watched(task, shares):
+        def work(*share):
+            used.add(threading.get_ident())
+            time.sleep(0.01)  # time for others to take a share
+            task(*share)
+
+        run(work, shares)
+
+    monkeypatch.setattr(threads, "run", watched)
+    inputs = random_inputs(1, 64, 90, 5)
     results = {}
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            y = selective_scan(**inputs, backend="cpu")
-            results[threads] = torch.autograd.grad(y.sum(), list(inputs.values()))
-    finally:
-        torch.set_num_threads(before)
-    assert pools == [2, 2, 3, 3]  # forward and backward; one thread needs no pool
-    for threads in (2, 3):
-        for a, b in zip(results[threads], results[1], strict=True):
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        used.clear()
+        y = selective_scan(**inputs, backend="cpu")
+        results[number] = torch.autograd.grad(y.sum(), list(inputs.values()))
+        assert len(used) == number
+    for number in (2, 3):
+        for a, b in zip(results[number], results[1], strict=True):
             assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_a_thread_raises_reaches_the_caller(error, team):
+    torch.set_num_threads(2)
+    done = []
+
+    def task(share):
+        if share == 1:
+            raise error("in a thread")
+        done.append(share)
+
+    with pytest.raises(error, match="in a thread"):
+        threads.run(task, [(share,) for share in range(3)])
+    assert done == [0, 2]
 
 
 class ScannedSamples(Dataset):

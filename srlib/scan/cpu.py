@@ -1,4 +1,4 @@
-"""The fused selective scan on the CPU: numba kernels on a pool of threads, in float32.
+"""The fused selective scan on the CPU: numba kernels on torch's threads, in float32.
 
 The work is split by sequence and, when there are more threads than sequences, by groups of channels.
 Who sums what is fixed by the number of threads, so that with the same number the same bits come out.
@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import chunked
+from . import chunked, threads
 from .inputs import Gradients, Options, ScanInputs
 from .orders import token_order
 
@@ -49,12 +47,6 @@ def states_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
     chunks = -(-u.shape[2] // CHUNK)
     return u.shape[0], (chunks + 1) * A.shape[1], -(-A.shape[0] // LANES) * LANES
-
-
-@functools.lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of one process: what a fork leaves of its parent's pool is not used."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="selective-scan")
 
 
 @functools.lru_cache(maxsize=16)
@@ -109,20 +101,12 @@ class _Threads:
         self.layout = (lanes, *layout)
 
     def run(self, task: Callable[..., None]) -> None:
-        """`task(tiles, group, sequence, first channel, last channel)` for all; the caller helps."""
+        """`task(tiles, group, sequence, first channel, last channel)` for all."""
 
-        def work(share: tuple[int, ...]) -> None:
+        def work(*share: int) -> None:
             task(_tiles.get(*self.layout), *share)  # looked up here: they are this thread's
 
-        if torch.get_num_threads() == 1 or len(self.shares) == 1:
-            for share in self.shares:
-                work(share)
-            return
-        pool = _pool(os.getpid(), torch.get_num_threads())
-        pending = [pool.submit(work, share) for share in self.shares[:-1]]
-        work(self.shares[-1])
-        for result in pending:
-            result.result()
+        threads.run(work, self.shares)
 
 
 def _padded(t: Tensor, lanes: int) -> Tensor:
