@@ -33,7 +33,7 @@ PROFILES = {
     profile.name: profile
     for profile in (
         Profile("smoke", "tiny", 8, 1, (40, 48, 40), 2e-3, 3),
-        Profile("default", "small", 900, 2, (40, 56, 40), 2e-3, None),
+        Profile("default", "small", 1500, 2, (48, 64, 48), 2e-3, None),
         Profile("full", "paper", 10_000, 2, (40, 56, 40), 1e-3, None),
     )
 }

@@ -57,7 +57,7 @@ class RunConfig:
     dataset: str
     fold: int = 0
     seed: int = 0
-    steps: int = 900
+    steps: int = 1500
     model: str = "small"
     variant: str = "paper"
     tom: str | None = None
@@ -65,7 +65,7 @@ class RunConfig:
     scan_orders: tuple[str, ...] = ORDERS
     nslices: int | None = None
     batch_size: int = 2
-    patch_size: tuple[int, int, int] = (40, 56, 40)
+    patch_size: tuple[int, int, int] = (48, 64, 48)
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     warmup: int = 50
