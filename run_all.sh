@@ -11,6 +11,7 @@
 #   ./run_all.sh test                 the tests, and the notebooks in the smoke profile
 #   ./run_all.sh verify               compare the last run's tables with the repository's
 #   ./run_all.sh lab                  JupyterLab at 00_start_here, with the explorers
+#   ./run_all.sh bench scan           time and memory of the scan on this machine
 #   ./run_all.sh info | data          the other commands of "python -m srlib"; each has -h
 #
 # Results go to results/<profile>/<dataset>/, index.html there is the front page. It uses the active Python

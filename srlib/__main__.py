@@ -126,6 +126,18 @@ def lab(context: typer.Context) -> None:
         main([*(f"--LabApp.{name}={value}" for name, value in options.items()), *context.args])
 
 
+@app.command(context_settings=PASS_ON)
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One of benchmarks/, as scan.")],
+) -> None:
+    """Run a benchmark, which prints and stores its table; further arguments go to it, as --quick."""
+    scripts = {script.stem: script for script in (paths.ROOT / "benchmarks").glob("*.py")}
+    if name not in scripts:
+        _stop(f"benchmark {name!r} is not one of {', '.join(sorted(scripts))}")
+    os.execv(sys.executable, [sys.executable, str(scripts[name]), *context.args])
+
+
 @app.command()
 def info() -> None:
     """Versions, device, back ends of the scan, and the data sets that are here."""

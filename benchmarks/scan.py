@@ -1,0 +1,321 @@
+"""Selective scan on a CPU: time and memory of the back ends, their peers and networks with them.
+
+    python -m srlib bench scan [--out results/reference/cpu/scan.csv] [--quick]
+
+Each measurement runs in a fresh process, so that none finds the memory, threads or compiled code of another.
+Writes tidy rows: case, method, threads, metric, value, unit. An *element* is one token of one channel in one
+state: the scan of a (B, D, L, N) problem has B D L N. Memory is what the process takes beyond its inputs,
+sampled every 2 ms during the first call. Peers are measured where they can be imported
+(`pip install --no-deps mambapy`) or compiled (torch's associative scan wants a C++ compiler).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srlib import provenance
+from srlib.model import FEATURES, SegResMamba
+from srlib.paths import REFERENCE, atomic_path
+from srlib.profiling import process_memory
+from srlib.scan import choice, cpu, mixer, selective_scan, token_order
+from srlib.tom import TriOrientedMamba
+
+Shape = tuple[int, int, int, int]  # B, D, L, N
+Step = Callable[[], Any]
+
+
+def measure(quick: bool) -> pd.DataFrame:
+    """The whole table; small problems only when `quick`, to see that everything runs."""
+    rows = [*_first_calls()]
+    for case, method, threads, function, arguments in _plan(quick):
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            found = process.submit(_in_process, threads, function, arguments).result()
+        print(f"{case}, {method}, {threads} threads: {found}", flush=True)
+        rows += [(case, method, threads, *metric) for metric in found]
+    return pd.DataFrame(rows, columns=["case", "method", "threads", "metric", "value", "unit"])
+
+
+def _plan(quick: bool) -> Iterator[tuple[str, str, int, Callable, tuple]]:
+    """What is measured: case, method, threads, function and its arguments."""
+    lengths = (256, 512, 1024) if quick else (4096, 32768, 262144)
+    short, middle, long = ((1, 96, length, 16) for length in lengths)
+    for shape, methods in (
+        (short, ("cpu", "chunked", "reference", "mambapy", "associative_scan")),
+        (middle, ("cpu", "cpu, contiguous", "chunked", "mambapy")),
+        (long, ("cpu",)),
+    ):
+        for method in methods:
+            if not (missing := _missing(method)):
+                yield f"scan {shape}", method, 1, _scan, (shape, method)
+            else:
+                print(f"not measured: {method} ({missing})")
+    yield f"scan {middle}", "cpu", 2, _scan, (middle, "cpu")
+    for order in ("reverse", "inter_slice"):
+        for method in ("cpu", "cpu, permuted copies"):
+            yield f"scan {middle}, {order}", method, 1, _scan, (middle, method, order)
+    size, volume = ("tiny", (40, 40, 40)) if quick else ("small", (48, 64, 48))
+    tokens = (2, *(n // 2 for n in volume), FEATURES[size][0])
+    for method in ("fused", "permuted copies"):
+        yield f"ToM layer {tokens}", method, 2, _layer, (tokens, method)
+    for tom in ("both", "none"):
+        yield (
+            f"step of {size}, {volume}, batch 2",
+            f"tom={tom}",
+            2,
+            _network,
+            (size, 1, 2, volume, tom),
+        )
+    size, volume = ("tiny", (32, 32, 32)) if quick else ("paper", (128, 128, 128))
+    for method in ("fused", "plain torch"):
+        case = f"step of {size}, {volume}, batch 1"
+        yield case, method, 2, _network, (size, 4, 1, volume, "both", method)
+
+
+def _missing(method: str) -> str:
+    """Why a peer cannot be measured here; empty when it can."""
+    if method == "mambapy" and not importlib.util.find_spec("mambapy"):
+        return "mambapy is not installed"
+    if method == "associative_scan" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        return "no C++ compiler"
+    return ""
+
+
+def _in_process(threads: int, measure: Callable, arguments: tuple) -> list[tuple]:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    return measure(*arguments)
+
+
+def _measured(step: Step, once: bool = False) -> list[tuple[str, float, str]]:
+    """Memory of the first call; least and median time of the others, or of the first when `once`."""
+    times: list[float] = []
+
+    def timed() -> None:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+
+    with process_memory("cpu") as memory:
+        timed()
+    if not once:
+        times.clear()
+        while len(times) < 3 or sum(times) < 3.0:
+            timed()
+    return [
+        ("time, minimum", min(times), "s"),
+        ("time, median", median(times), "s"),
+        ("extra memory", memory["resident"] * 1024, "MiB"),
+    ]
+
+
+def _first_calls() -> Iterator[tuple]:
+    """The first scan, forward and backward, of a process: with an empty and with a filled cache."""
+    script = (
+        "import time, torch; from srlib.scan import selective_scan; start = time.perf_counter();"
+        "x = [torch.ones(s, requires_grad=True) for s in ((1, 32, 64),) * 2 + ((32, 16),)"
+        " + ((1, 16, 64),) * 2]; selective_scan(*x).sum().backward();"
+        "print(time.perf_counter() - start)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for method in ("empty cache", "warm cache"):
+            environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+            command = [sys.executable, "-c", script]
+            run = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=True
+            )
+            yield (
+                "first call of a process",
+                method,
+                torch.get_num_threads(),
+                "time",
+                float(run.stdout),
+                "s",
+            )
+
+
+def _inputs(shape: Shape, channels_last: bool) -> dict[str, Any]:
+    batch, channels, length, states = shape
+
+    def sequence(width: int) -> Tensor:
+        tokens = torch.randn(batch, length, width)
+        return tokens.mT if channels_last else tokens.mT.contiguous()
+
+    inputs = {"u": sequence(channels), "delta": sequence(channels)}
+    inputs |= {"A": -torch.rand(channels, states), "B": sequence(states), "C": sequence(states)}
+    inputs |= {"D": torch.randn(channels), "z": sequence(channels)}
+    inputs["delta_bias"] = torch.randn(channels)
+    return {name: t.requires_grad_() for name, t in inputs.items()}
+
+
+def _scan(shape: Shape, method: str, order: str = "forward") -> list[tuple[str, float, str]]:
+    """Forward and backward of one scan; inputs are (B, L, D) in memory unless `contiguous`."""
+    inputs = _inputs(shape, channels_last="contiguous" not in method)
+    grad = torch.randn(shape[0], shape[2], shape[1]).mT
+    call = _METHODS.get(method, _by_operator(method.partition(",")[0], order))
+    if "permuted" in method:
+        call = _permuted(order)
+    if method == "associative_scan":
+        call = torch.compile(call)
+
+    def step() -> None:
+        call(**inputs).backward(grad)
+        for t in inputs.values():
+            t.grad = None
+
+    if method == "associative_scan":
+        step()  # compiles, for this shape
+    elif method.startswith("cpu"):
+        _by_operator("cpu", order)(**_inputs((1, 16, 64, 16), True)).sum().backward()
+    found = _measured(step, once=method in ("reference", "mambapy"))
+    per_element = found[0][1] / math.prod(shape) * 1e9
+    return [*found, ("time an element", per_element, "ns")]
+
+
+def _by_operator(backend: str, order: str) -> Callable[..., Tensor]:
+    def call(**inputs: Any) -> Tensor:
+        return selective_scan(**inputs, backend=backend, order=order, nslices=32)
+
+    return call
+
+
+def _permuted(order: str) -> Callable[..., Tensor]:
+    """The scan in an order of visit by permuted copies of the sequences, as SegMamba does it."""
+
+    def call(**inputs: Any) -> Tensor:
+        visit = token_order(order, inputs["u"].shape[2], 32)
+        back = visit.argsort()
+        sequences = {name: inputs[name].mT[:, visit].mT for name in ("u", "delta", "B", "C", "z")}
+        return selective_scan(**{**inputs, **sequences}, backend="cpu").mT[:, back].mT
+
+    return call
+
+
+def _states(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor
+) -> tuple[Tensor, ...]:
+    """Decay and input of every state, (B, L, D, N): what scans of a plain recurrence start from."""
+    dt = F.softplus(delta + delta_bias[:, None]).mT[..., None]
+    return torch.exp(dt * A), dt * B.mT[:, :, None] * u.mT[..., None]
+
+
+def _output(h: Tensor, u: Tensor, C: Tensor, D: Tensor, z: Tensor) -> Tensor:
+    y = torch.einsum("bldn,bnl->bdl", h, C) + D[:, None] * u
+    return y * F.silu(z)
+
+
+def _mambapy(u, delta, A, B, C, D, z, delta_bias) -> Tensor:  # type: ignore[no-untyped-def]
+    from mambapy.pscan import pscan  # type: ignore[import-not-found]
+
+    return _output(pscan(*_states(u, delta, A, B, delta_bias)), u, C, D, z)
+
+
+def _associative_scan(u, delta, A, B, C, D, z, delta_bias) -> Tensor:  # type: ignore[no-untyped-def]
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    def combine(first: tuple, second: tuple) -> tuple:
+        return first[0] * second[0], first[1] * second[0] + second[1]
+
+    states = _states(u, delta, A, B, delta_bias)
+    return _output(associative_scan(combine, states, 1, combine_mode="generic")[1], u, C, D, z)
+
+
+_METHODS = {"mambapy": _mambapy, "associative_scan": _associative_scan}  # the second is compiled
+
+
+@contextmanager
+def _without(method: str) -> Iterator[None]:
+    """ToM layers in their composed form: "permuted copies" with the cpu scan, "plain torch" without."""
+    with ExitStack() as patches:
+        if method != "fused":
+            patches.enter_context(patch.object(mixer, "_can_fuse", lambda x, weight: False))
+        if method == "plain torch":
+            patches.enter_context(patch.dict(choice.PREFERRED, cpu=("chunked",)))
+        yield
+
+
+def _layer(tokens: tuple[int, ...], method: str) -> list[tuple[str, float, str]]:
+    """Forward and backward of one tri-oriented Mamba over tokens (B, D, H, W, C)."""
+    layer = TriOrientedMamba(tokens[-1])
+    x = torch.randn(tokens).flatten(1, 3).requires_grad_()
+    layer(x[:, :64], depth=4).sum().backward()
+    with _without(method):
+        return _measured(lambda: layer(x, depth=tokens[1]).sum().backward())
+
+
+def _network(
+    size: str, modalities: int, batch: int, volume: tuple[int, ...], tom: str, method: str = "fused"
+) -> list[tuple[str, float, str]]:
+    """A training step: forward, backward, AdamW; with the share of its time that the scans take."""
+    network: nn.Module = SegResMamba(modalities, 3, FEATURES[size], tom=tom)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    x = torch.randn(batch, modalities, *volume)
+    in_scans: list[float] = []
+
+    def step() -> None:
+        in_scans.clear()
+        network(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def timed(function: Callable) -> Callable:
+        def call(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args)
+            in_scans.append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    with ExitStack() as patches:
+        patches.enter_context(_without(method))
+        for name in ("forward", "backward"):
+            function = timed(getattr(cpu.ScanPass, name))
+            patches.enter_context(patch.object(cpu.ScanPass, name, function))
+        if method == "plain torch":
+            return _measured(step, once=True)
+        found = _measured(step)
+        start = time.perf_counter()
+        step()
+        share = sum(in_scans) / (time.perf_counter() - start)
+    return [*found, ("share of scans", share, "")] if in_scans else found
+
+
+def main() -> None:
+    """Measure, print and store."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=REFERENCE / "cpu" / "scan.csv")
+    parser.add_argument("--quick", action="store_true", help="small problems; nothing is written")
+    options = parser.parse_args()
+    table = measure(options.quick)
+    print(table.to_string(index=False))
+    if not options.quick:
+        with atomic_path(options.out) as path:
+            table.to_csv(path, index=False, float_format="%.5g")
+        with atomic_path(options.out.with_suffix(".json")) as path:
+            path.write_text(json.dumps(provenance.describe(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
