@@ -177,7 +177,12 @@ def test_interrupt_stops_within_seconds_and_keeps_what_is_finished(notebooks, tm
         "import sys\nfrom pathlib import Path\nfrom srlib import collection\n"
         "collection.run(collection.plan('smoke', 'mni152', (), Path(sys.argv[1])))"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(notebooks)], cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(notebooks)],
+        cwd=ROOT,
+        # a shell's job in the background ignores interrupts, and what it starts inherits that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 300
         while not marker.exists():
