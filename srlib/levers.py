@@ -17,7 +17,6 @@ from unittest.mock import patch
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srlib.baselines import with_checkpoints
@@ -25,6 +24,7 @@ from srlib.model import FEATURES, SegResMamba
 from srlib.profiling import count
 from srlib.recompute import recomputed
 from srlib.scan import selective_scan, token_order
+from srlib.scan.mixer import scan_arguments, torch_conv
 from srlib.tom import TriOrientedMamba
 from srlib.workload import Workload
 
@@ -117,11 +117,8 @@ def _gated_mixer(
     """Mamba's mixer with its gate z (B, L, E), over copies in the order of visit (`mamba_mixer` has the rest)."""
     tokens = token_order(order, x.shape[1], nslices, x.device)
     visited, gate = (t[:, tokens].transpose(1, 2) for t in (x, z))  # (B, L, E) -> (B, E, L)
-    padded = F.pad(visited, (conv_weight.shape[1] - 1, 0))
-    u = F.silu(F.conv1d(padded, conv_weight[:, None], conv_bias, groups=len(conv_weight)))
-    sizes = [dt_proj.shape[1], A.shape[1], A.shape[1]]
-    dt, B, C = F.linear(u.transpose(1, 2), x_proj).split(sizes, dim=-1)
-    delta, B, C = (t.transpose(1, 2) for t in (F.linear(dt, dt_proj), B, C))
+    u = torch_conv(visited, conv_weight, conv_bias)
+    delta, B, C = scan_arguments(u, x_proj, dt_proj, A)
     y = selective_scan(u, delta, A, B, C, D, gate, dt_bias)
     return y.new_empty(x.shape).index_copy(1, tokens, y.transpose(1, 2))
 
@@ -167,9 +164,8 @@ def slab_loss(head: nn.Module, features: Tensor, label: Tensor, planes: int = 8)
 def _sums(head: nn.Module, label: Tensor, features: Tensor) -> tuple[Tensor, ...]:
     """A slab's sums of p in the true class, of p, of the truth, each (B, K), and of the cross-entropy."""
     depth, height, width = label.shape[2:]
-    logits = head.forward(
-        features
-    )  # no hooks: the memory tracker takes one call of a module a step
+    # No hooks: the memory tracker takes one call of a module a step.
+    logits = head.forward(features)
     log_p = logits[..., :depth, :height, :width].log_softmax(1)  # (B, K, D, H, W)
     classes = torch.arange(log_p.shape[1], device=label.device).view(1, -1, 1, 1, 1)
     p, true = log_p.exp(), label == classes

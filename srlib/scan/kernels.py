@@ -12,7 +12,7 @@ computes a chunk's states again and runs the adjoint recurrence through them (se
 
 What belongs to channels alone comes padded to whole vectors of P channels, with zeros: rates (N, P) are
 A log2(e), for exp(dt A) = 2^(dt rates); `skip` (P,) is D. The kernels hold no lock and start no thread:
-`cpu` calls them from its own threads. numba's parallel loops would use an OpenMP of their own, which does
+`cpu` calls them from the threads of `threads`. numba's parallel loops would use an OpenMP of their own, which does
 not survive a fork.
 """
 

@@ -78,10 +78,16 @@ def _composed(weights: Sequence[Tensor], order: str, nslices: int, x: Tensor) ->
     tokens = token_order(order, x.shape[1], nslices, x.device)
     visited = x[:, tokens].transpose(1, 2)  # (B, L, E) -> (B, E, L) in the order of visit
     u = _causal_conv()(visited, conv_weight, conv_bias)
-    dt, B, C = F.linear(u.transpose(1, 2), x_proj).split(_sizes(dt_proj, A), dim=-1)
-    delta, B, C = (t.transpose(1, 2) for t in (F.linear(dt, dt_proj), B, C))
+    delta, B, C = scan_arguments(u, x_proj, dt_proj, A)
     y = selective_scan(u, delta, A, B, C, D, delta_bias=dt_bias)
     return y.new_empty(x.shape).index_copy(1, tokens, y.transpose(1, 2))
+
+
+def scan_arguments(u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+    """What the scan's input u (B, E, L) chooses: delta (B, E, L), B and C (B, N, L)."""
+    dt, B, C = F.linear(u.transpose(1, 2), x_proj).split(_sizes(dt_proj, A), dim=-1)
+    delta, B, C = (t.transpose(1, 2) for t in (F.linear(dt, dt_proj), B, C))
+    return delta, B, C
 
 
 def _can_fuse(x: Tensor, conv_weight: Tensor) -> bool:
@@ -105,10 +111,11 @@ def _causal_conv() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             return functools.partial(causal_conv1d_fn, activation="silu")
         except Exception as error:  # a build against another torch fails in many ways
             logger.info("causal convolution by torch: %s", error)
-    return _torch_conv
+    return torch_conv
 
 
-def _torch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def torch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The causal depthwise convolution with SiLU of x (B, E, L), weight (E, taps), in torch's operators."""
     channels, taps = weight.shape
     padded = F.pad(x, (taps - 1, 0))
     return F.silu(F.conv1d(padded, weight[:, None], bias, groups=channels))
@@ -223,9 +230,8 @@ def fused_mixer_backward(
         out["z"] = x.new_empty(0, 0, 0)
         targets = way.order[begin : begin + count]
         scan.backward(inputs, places[:count], targets, chunk, grad, out)
-        for b in range(
-            batch
-        ):  # y = dt_proj dt and (dt, B, C) = x_proj u, by their inputs and weights
+        # delta = dt_proj dt and (dt, B, C) = x_proj u, by their inputs and weights
+        for b in range(batch):
             torch.mm(dt_proj.T, d_delta[b].T, out=d_rows[b, :ranks])
             du[b, :count].addmm_(d_rows[b].T, x_proj)
             d_dt_proj.addmm_(d_delta[b].T, dt[b])
