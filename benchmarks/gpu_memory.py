@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from srlib import provenance
 from srlib.baselines import PEERS
 from srlib.profiling import PUBLISHED, Workload, measure_apart
 
@@ -61,7 +62,7 @@ def main() -> None:
         result = measure_apart(work, options.device, options.steps)
         made_with = {"device": device, "torch": torch.__version__}
         rows.append({"setting": setting, **asdict(work), **result, **made_with})
-        pd.DataFrame(rows).to_csv(options.out, index=False, float_format="%.6g")
+        provenance.write_table(pd.DataFrame(rows), options.out)
         print(f"{time.monotonic() - start:5.0f} s", setting, work, result, flush=True)
 
 

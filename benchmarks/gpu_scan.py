@@ -27,6 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from srlib import provenance
 from srlib.scan import backends, selective_scan
 
 SIZES = [(1, 96, 262144, 16), (1, 192, 32768, 16), (2, 384, 4096, 16)]  # (B, D, L, N)
@@ -163,12 +164,9 @@ def main() -> None:
         rows += rows_of(size, dtype, *order, names)
     table = pd.DataFrame(rows)
     table["bandwidth"] = table["bytes"] / table["ms"] * 1000 / bandwidth
-    table.insert(0, "device", torch.cuda.get_device_name())
-    table.insert(1, "torch", torch.__version__)
-    table.insert(2, "copy_tb_per_s", bandwidth / 1e12)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(arguments.out, index=False, float_format="%.4g")
-    shown = table.drop(columns=["device", "torch", "copy_tb_per_s", "batch", "states", "bytes"])
+    table.insert(0, "copy_tb_per_s", bandwidth / 1e12)
+    provenance.write_table(table, arguments.out)
+    shown = table.drop(columns=["copy_tb_per_s", "batch", "states", "bytes"])
     print(shown.to_string(index=False, float_format="%.4g"))
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_training.py OUT.csv [--seconds 90] [--seed 0] [--systems both,none,segresnet,nnunet]
 
-Hippocampus, fold 0, the 52 held-out cases. Each system is trained by `srlib.train` in a run of the default profile
-whose number of steps is what the given seconds hold: the median step of a short run says how many. So every system
-goes through its whole learning-rate schedule. `srlib.evaluate` scores the result. A row is written as soon as it is
-measured:
+Hippocampus, fold 0, the 52 held-out cases; the systems of `srlib.grid`, peers scaled to `small`'s MACs. Each is trained
+by `srlib.train` with a batch that keeps a GPU busy, for as many steps as the given seconds hold: the median step of a
+short run says how many. So every system goes through its whole learning-rate schedule. A row is written as soon as it
+is measured:
 
 - `steps`, `batch_size`, `patch_size`, `learning_rate`, `seed`: of the run;
 - `seconds`: of the training, samples included;
@@ -15,61 +15,34 @@ measured:
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from pathlib import Path
-from unittest.mock import patch
 
 import pandas as pd
-import torch
-from torch import nn
 
-from srlib import baselines, data, runs, train
+from srlib import grid, provenance, train
 from srlib.evaluate import METRICS, evaluate
 from srlib.runs import RunConfig, config_for
-from srlib.train import build_model
 
-DATASET = "hippocampus"
-PROBE = 40  # steps of the run that measures a step; the first half compiles and warms up
-
-# SegResMamba by the value of `tom`, the others by their name in `srlib.baselines`.
-SYSTEMS = {
-    "both": "SegResMamba, both ToM layers",
-    "none": "SegResMamba, no ToM layer",
-    "segresnet": baselines.PEERS["segresnet"].title,
-    "nnunet": baselines.PEERS["nnunet"].title,
-}
-PEER_LEARNING_RATE = 1e-3  # several times as many weights as `small`
+PROBE = 60  # steps of the run that measures a step; the first half compiles and warms up
 
 
-def config_of(system: str, seed: int, steps: int) -> RunConfig:
-    """The run of a system: the default profile's, its learning rate for SegResMamba only."""
-    is_peer = system in baselines.PEERS
-    own = {"learning_rate": PEER_LEARNING_RATE} if is_peer else {"tom": system}
-    return config_for("default", DATASET, seed=seed, steps=steps, **own)
+def config_of(system: str, seed: int, steps: int, batch: int, rate: float) -> RunConfig:
+    """The run of a system: the default profile's but for its batch and rate."""
+    settings = {"batch_size": batch, "learning_rate": rate, **grid.SYSTEMS[system].settings}
+    return config_for("default", grid.DATASET, seed=seed, steps=steps, **settings)
 
 
-def network_of(system: str, config: RunConfig) -> nn.Module:
-    """The untrained network of a system, with weights that only the seed decides."""
-    if system not in baselines.PEERS:
-        return build_model(config)
-    dataset = data.get(DATASET)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return baselines.build(system, dataset.in_channels, dataset.out_channels, config.patch_size)
-
-
-def row_of(system: str, seed: int, seconds: float) -> dict[str, object]:
+def row_of(system: str, seconds: float, seed: int, batch: int, rate: float) -> dict[str, object]:
     """Train a system for so many seconds and score it."""
-    probe = config_of(system, seed, PROBE)
-    step = train.train(probe).history["seconds"].diff().tail(PROBE // 2).median()
-    config = config_of(system, seed, max(PROBE + 1, round(seconds / step)))
+    probe = train.train(config_of(system, seed, PROBE, batch, rate))
+    step = probe.history["seconds"].diff().tail(PROBE // 2).median()
+    config = config_of(system, seed, max(PROBE + 1, round(seconds / step)), batch, rate)
     result = train.train(config)
     table = evaluate(config)
     by_class = table.groupby("class", sort=False)["dice"].mean().add_prefix("dice_")
     settings = ("steps", "batch_size", "patch_size", "learning_rate", "precision", "fold", "seed")
     return {
-        "system": SYSTEMS[system],
+        "system": grid.SYSTEMS[system].title,
         "parameters": sum(p.numel() for p in result.model.parameters()),
         **{name: getattr(config, name) for name in settings},
         "seconds": result.history["seconds"].iloc[-1],
@@ -88,27 +61,21 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--systems", type=lambda names: names.split(","), default=[*SYSTEMS])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument(
+        "--systems",
+        type=lambda names: names.split(","),
+        default=["both", "none", "segresnet", "nnunet"],
+    )
     options = parser.parse_args()
-    if unknown := set(options.systems) - set(SYSTEMS):
-        parser.error(f"unknown systems {', '.join(unknown)}; choose from {', '.join(SYSTEMS)}")
-    on_gpu = runs.device().type == "cuda"
-    made_with = {
-        "device": torch.cuda.get_device_name() if on_gpu else runs.device().type,
-        "torch": torch.__version__,
-    }
+    if unknown := set(options.systems) - set(grid.SYSTEMS):
+        parser.error(f"unknown systems {', '.join(unknown)}; choose from {', '.join(grid.SYSTEMS)}")
     rows = []
     for system in options.systems:
-        # A peer's run has no identity of its own, so each system has its own folder of runs.
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            patch.dict(os.environ, SRLIB_RESULTS=folder),
-            patch.object(
-                train, "build_model", lambda config, name=system: network_of(name, config)
-            ),
-        ):
-            rows.append({**made_with, **row_of(system, options.seed, options.seconds)})
-        pd.DataFrame(rows).to_csv(options.out, index=False, float_format="%.5g")
+        settings = (options.seconds, options.seed, options.batch_size, options.learning_rate)
+        rows.append(row_of(system, *settings))
+        provenance.write_table(pd.DataFrame(rows), options.out)
         print(pd.Series(rows[-1]).to_string(), flush=True)
 
 

@@ -1,41 +1,39 @@
-"""The reference tables of 05_memory: every system counted at every size, and the levers on SegResMamba measured.
+"""The reference tables of 05_memory, in results/reference/memory/, each with a record of what it was made with.
 
-    python benchmarks/memory_tables.py count    # results/reference/memory/counted.csv and levers.csv; no device is used
-    python benchmarks/memory_tables.py time     # results/reference/memory/levers_cpu.csv; nothing else may run
-    python benchmarks/memory_tables.py time --device cuda --size 128
+    python benchmarks/memory_tables.py count     # counted.csv, levers.csv: all systems and sizes; no device is used
+    python benchmarks/memory_tables.py measure   # measured_cpu.csv: all systems run on the CPU; memory, no times
+    python benchmarks/memory_tables.py time      # levers_cpu.csv: the levers' step times; nothing else may run
+    python benchmarks/memory_tables.py time --device cuda --sizes 128
 
-A row is written as soon as it is there. `time` measures each arrangement in a fresh process.
+A row is written as soon as it is there. `measure` and `time` run each network in a fresh process.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from itertools import product
 
 import pandas as pd
+import psutil
 import torch
 
 from srlib import levers, paths, provenance
 from srlib.baselines import PEERS
-from srlib.profiling import Workload, count, measure_apart
+from srlib.profiling import GIB, Workload, count, measure_apart
 
 FOLDER = paths.REFERENCE / "memory"
-SIZES = (64, 96, 128, 160)
+SIZES = (64, 96, 128, 160)  # counted
 
 
-def write(rows: list[dict], name: str, device: str) -> None:
-    """Write the rows so far, with what they were made with."""
-    commit, changed = provenance.commit()
-    made_with = {"device": device, "torch": torch.__version__}
-    made_with["commit"] = commit[:8] + "+changes" * changed
-    with paths.atomic_path(FOLDER / f"{name}.csv") as file:
-        pd.DataFrame(rows).assign(**made_with).to_csv(file, index=False, float_format="%.6g")
+def write(rows: list[dict], name: str) -> None:
+    """Write the rows so far."""
+    provenance.write_table(pd.DataFrame(rows), FOLDER / f"{name}.csv")
 
 
 def count_all() -> None:
     """Every system, size and precision; with checkpoints at the paper's size; then the levers."""
-    levers_table = levers.table()
-    write(levers_table.to_dict("records"), "levers", "counted")
+    write(levers.table().to_dict("records"), "levers")
     rows: list[dict] = []
     for checkpointing, size, precision, peer in product(
         (False, True), SIZES, ("fp32", "bf16"), PEERS
@@ -45,21 +43,42 @@ def count_all() -> None:
         work = Workload(peer, size, precision=precision, checkpointing=checkpointing)
         key = {"peer": peer, "size": size, "precision": precision, "checkpointing": checkpointing}
         rows.append(key | count(work).totals)
-        write(rows, "counted", "counted")
+        write(rows, "counted")
         print(*key.values(), flush=True)
 
 
-def time_levers(device: str, size: int, steps: int) -> None:
+def measure_all(device: str, sizes: Sequence[int]) -> None:
+    """Memory of every system in fp32; one that does not fit into what is free says how far it got."""
+    free = psutil.virtual_memory().available / GIB
+    rows = []
+    for size, peer in product(sizes, PEERS):
+        limit = free if device == "cpu" else None
+        found = measure_apart(Workload(peer, size), device, steps=1, limit=limit)
+        memory = {name: value for name, value in found.items() if not name.endswith("_s")}
+        key = {"device": named(device), "peer": peer, "size": size, "limit": limit}
+        rows.append(key | memory)
+        write(rows, f"measured_{device}")
+        print(*key.values(), found, flush=True)
+
+
+def time_levers(device: str, sizes: Sequence[int], steps: int) -> None:
     """The steps of `levers.steps`: fp32 on the CPU, where bf16 is emulated by most processors, both on CUDA."""
-    named = torch.cuda.get_device_name() if device == "cuda" else provenance.cpu_name()
     precisions = ("fp32", "bf16") if device == "cuda" else ("fp32",)
     rows = []
-    for work, lever in levers.steps(precisions, size).items():
-        found = measure_apart(work, device, steps)
-        key = {"precision": work.precision, "lever": lever, "size": size}
-        rows.append(key | {"threads": torch.get_num_threads()} | found)
-        write(rows, f"levers_{device}", named)
-        print(*key.values(), found, flush=True)
+    for size in sizes:
+        for work, lever in levers.steps(precisions, size).items():
+            found = measure_apart(work, device, steps)
+            key = {"precision": work.precision, "lever": lever, "size": size}
+            rows.append({"device": named(device)} | key | found)
+            write(rows, f"levers_{device}")
+            print(*key.values(), found, flush=True)
+
+
+def named(device: str) -> str:
+    """The device as a row names it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{provenance.cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
@@ -67,16 +86,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("count", "time"))
+    parser.add_argument("what", choices=("count", "measure", "time"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64], help="voxels along an edge")
+    parser.add_argument("--steps", type=int, default=3, help="that are timed; the median counts")
     options = parser.parse_args()
-    FOLDER.mkdir(parents=True, exist_ok=True)
     if options.what == "count":
         count_all()
+    elif options.what == "measure":
+        measure_all(options.device, options.sizes)
     else:
-        time_levers(options.device, options.size, options.steps)
+        time_levers(options.device, options.sizes, options.steps)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -37,7 +36,7 @@ from torch import Tensor, nn
 
 from srlib import provenance
 from srlib.model import FEATURES, SegResMamba
-from srlib.paths import REFERENCE, atomic_path
+from srlib.paths import REFERENCE
 from srlib.profiling import process_memory
 from srlib.scan import choice, cpu, mixer, selective_scan, token_order
 from srlib.tom import TriOrientedMamba
@@ -311,10 +310,7 @@ def main() -> None:
     table = measure(options.quick)
     print(table.to_string(index=False))
     if not options.quick:
-        with atomic_path(options.out) as path:
-            table.to_csv(path, index=False, float_format="%.5g")
-        with atomic_path(options.out.with_suffix(".json")) as path:
-            path.write_text(json.dumps(provenance.describe(), indent=1) + "\n")
+        provenance.write_table(table, options.out)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated
 
 import typer
 
-from srlib import paths
+from srlib import commands, paths
+from srlib.commands import checked, stop
 
-T = TypeVar("T")
 app = typer.Typer(
     help="SegResMamba, executable: the collection of notebooks, data sets and measurements.",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -23,12 +23,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-data_app = typer.Typer(help="List, get and check data sets.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="List, get and check data sets.",
+    epilog="Examples: data list; data get hippocampus; data check my_scans",
+    no_args_is_help=True,
+)
+app.add_typer(commands.app)
 app.add_typer(data_app, name="data")
 
 Profile = Annotated[str, typer.Option(help="How much is computed: smoke, default or full.")]
 DatasetOption = Annotated[str, typer.Option("--dataset", help="Name of a data set.")]
-DatasetName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a data set.")]
+DatasetName = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a data set, or a folder's path.")
+]
 Only = Annotated[
     list[str] | None,
     typer.Option("--only", metavar="NOTEBOOK", help="One notebook, as 03; may be repeated."),
@@ -48,7 +55,7 @@ def collection(
     from srlib.collection import NotebookError, is_current, plan, run
     from srlib.data import DataError
 
-    chosen = _checked(lambda: plan(profile, dataset, only or (), seed=seed))
+    chosen = checked(lambda: plan(profile, dataset, only or (), seed=seed))
     if list_:
         for notebook in chosen.notebooks:
             state = "done" if is_current(chosen, notebook) else "to do"
@@ -56,10 +63,67 @@ def collection(
         return
     try:
         run(chosen, force)
-    except (DataError, NotebookError) as error:
-        _stop(str(error), status=1)
+    except (DataError, NotebookError, OSError) as error:
+        stop(str(error), status=1)
     except KeyboardInterrupt:
-        _stop("stopped; the notebooks that were finished are kept", status=130)
+        stop("stopped; the notebooks that were finished are kept", status=130)
+
+
+@app.command()
+def grid(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Of srlib.grid.GRIDS.")],
+    list_: Annotated[bool, typer.Option("--list", help="List the runs and stop.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Runs computed at a time.")] = 1,
+    executor: Annotated[
+        str, typer.Option(help="What computes: process, dask or slurm.")
+    ] = "process",
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Of a running Dask scheduler.")
+    ] = None,
+    job: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="What a SLURM job asks for; may be repeated."),
+    ] = None,
+) -> None:
+    """Compute the runs of comparisons that results/reference lacks."""
+    from srlib import executors, grid
+
+    configs = checked(lambda: [config for name in names for config in grid.configs(name)])
+    if list_:
+        for config in configs:
+            state = "done" if grid.is_done(config) else "to do"
+            typer.echo(f"{state:<5}  {config.dataset}  {grid.run_name(config)}")
+        return
+
+    if wrong := [pair for pair in job or () if "=" not in pair]:
+        stop(f"--job {wrong[0]!r}: expected NAME=VALUE, as gpus_per_node=1")
+
+    def compute() -> None:
+        parameters = dict(pair.split("=", 1) for pair in job or ())
+        with executors.executor(executor, workers, scheduler, parameters) as made:
+            grid.compute(names, made)
+
+    try:
+        checked(compute)
+    except grid.RunsFailed as failure:
+        stop(str(failure), status=1)
+
+
+@app.command()
+def claims(
+    write_readme: Annotated[bool, typer.Option(help="Write the table into README.md.")] = False,
+) -> None:
+    """The paper's claims, and what the repository's tables say of them."""
+    from srlib import claims, site
+
+    table = claims.table()
+    for _, row in table.iterrows():
+        typer.echo(f"{row['claim']}: {row['verdict']}")
+    if write_readme:
+        file = paths.ROOT / "README.md"
+        text = site.with_claims(file.read_text(encoding="utf-8"), table)
+        with paths.atomic_path(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 @app.command()
@@ -67,8 +131,8 @@ def verify(profile: Profile = "default", dataset: DatasetOption = "mni152") -> N
     """Compare the last run's tables with those that the repository holds."""
     from srlib import collection, reference
 
-    done = _checked(lambda: collection.plan(profile, dataset).manifest["notebooks"])
-    comparison = _checked(lambda: reference.compare(profile, dataset, done))
+    done = checked(lambda: collection.plan(profile, dataset).manifest["notebooks"])
+    comparison = checked(lambda: reference.compare(profile, dataset, done))
     typer.echo(reference.verdict(comparison))
     if not comparison["agrees"].all():
         raise typer.Exit(1)
@@ -79,22 +143,28 @@ def store_reference(profile: Profile = "default", dataset: DatasetOption = "mni1
     """For maintainers: make the tables of seeds 0, 1 and 2 what runs are compared with."""
     from srlib import reference
 
-    _checked(lambda: reference.store(profile, dataset))
+    checked(lambda: reference.store(profile, dataset))
 
 
 @app.command()
-def store_outputs(dataset: DatasetOption = "mni152") -> None:
-    """For maintainers: copy the default profile's last outputs into the notebooks."""
-    from srlib.collection import plan, store_outputs
+def store_outputs(dataset: DatasetOption = "mni152", only: Only = None) -> None:
+    """For maintainers: copy the default profile's last outputs into notebooks, solutions and README's figures."""
+    from srlib.collection import NotebookError, plan, store_outputs
+    from srlib.site import store_figures
 
-    _checked(lambda: store_outputs(plan("default", dataset)))
+    try:
+        chosen = checked(lambda: plan("default", dataset, only or ()))
+        checked(lambda: store_outputs(chosen))
+        store_figures(chosen.results, paths.REFERENCE / "figures")
+    except NotebookError as error:
+        stop(str(error), status=1)
 
 
 @app.command(context_settings=PASS_ON)
 def test(context: typer.Context) -> None:
     """Run the tests, and the notebooks in the smoke profile; further arguments go to pytest."""
     if find_spec("nbval") is None or find_spec("pytest") is None:
-        _stop('the tests need the extra "dev": pip install -e ".[dev]"')
+        stop('the tests need the extra "dev": pip install -e ".[dev]"')
     os.chdir(paths.ROOT)
     os.environ["SRLIB_PROFILE"] = "smoke"
     notebooks = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1200"]
@@ -131,19 +201,30 @@ def bench(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="One of benchmarks/, as scan.")],
 ) -> None:
-    """Run a benchmark, which prints and stores its table; further arguments go to it, as --quick."""
+    """Run a benchmark, which prints its table and may store it; further arguments go to it, as --quick."""
     scripts = {script.stem: script for script in (paths.ROOT / "benchmarks").glob("*.py")}
     if name not in scripts:
-        _stop(f"benchmark {name!r} is not one of {', '.join(sorted(scripts))}")
+        stop(f"benchmark {name!r} is not one of {', '.join(sorted(scripts))}")
     os.execv(sys.executable, [sys.executable, str(scripts[name]), *context.args])
 
 
-@app.command()
-def info() -> None:
-    """Versions, device, back ends of the scan, and the data sets that are here."""
+@app.command(epilog="Examples: info; info results/runs/0123456789ab")
+def info(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="[CHECKPOINT]", help="A trained network to tell of.")
+    ] = None,
+) -> None:
+    """Versions, device, back ends of the scan, and the data sets that are here; or a network's facts."""
     from srlib import data, provenance
+    from srlib.checkpoints import load_trained
     from srlib.scan import backends
 
+    if checkpoint:
+        trained = checked(lambda: load_trained(checkpoint))
+        config, entry = dataclasses.asdict(trained.config), dataclasses.asdict(trained.entry)
+        for fact, value in (config | entry | config).items():  # where both say it, what was trained
+            typer.echo(f"{fact:<16}{value}")
+        return
     facts = provenance.describe()
     for name, number in facts.pop("versions").items():
         typer.echo(f"{name:<14}{number}")
@@ -173,7 +254,7 @@ def data_get(name: DatasetName) -> None:
     """Download a data set from its official source, check it and unpack it."""
     from srlib import data
 
-    typer.echo(_checked(lambda: data.download(name)))
+    typer.echo(checked(lambda: data.download(name)))
 
 
 @data_app.command("check")
@@ -181,8 +262,28 @@ def data_check(name: DatasetName) -> None:
     """Check every case: readable files, shapes, affines, labels, finite voxels."""
     from srlib import data
 
-    _checked(lambda: data.check(name))
+    checked(lambda: data.check(name))
     typer.echo(f"{name}: {len(data.case_ids(name))} cases, all in order")
+
+
+@data_app.command("plan", epilog="Example: data plan my_scans --memory 8 --network paper")
+def data_plan(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of scans and labels.")],
+    memory: Annotated[
+        float, typer.Option(min=0.1, help="GiB that a training step may take.")
+    ] = 4.0,
+    network: Annotated[str, typer.Option(help="Size of the network: tiny, small or paper.")] = (
+        "small"
+    ),
+) -> None:
+    """Look at a folder's cases and say how they will be trained on: channels, classes, voxels, patches.
+
+    The plan is kept in the cache, where `data check DIR` and trainings find it.
+    """
+    from srlib import plans
+
+    found = checked(lambda: plans.make(folder.resolve(), memory, network))
+    typer.echo("\n".join(found.summary))
 
 
 def _place(name: str) -> str:
@@ -196,19 +297,6 @@ def _place(name: str) -> str:
         return str(data.find(name))
     except FileNotFoundError:
         return f"not found; {entry.how_to_get}"
-
-
-def _checked(action: Callable[[], T]) -> T:
-    """Run `action`; a user's mistake ends the program with its message instead of a traceback."""
-    try:
-        return action()
-    except (ValueError, FileNotFoundError) as error:
-        _stop(str(error))
-
-
-def _stop(message: str, status: int = 2) -> NoReturn:
-    typer.echo(message, err=True)
-    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ no library holds them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from monai.networks.blocks import TransformerBlock, UnetOutBlock, UnetrBasicBlock, UnetrUpBlock
-from monai.networks.blocks.convolutions import Convolution, ResidualUnit
+from monai.networks.blocks.convolutions import ResidualUnit
 from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetUpBlock
 from monai.networks.blocks.segresnet_block import ResBlock
 from monai.networks.blocks.unetr_block import UnetrPrUpBlock
@@ -38,24 +38,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from srlib.model import CMMB, FEATURES, Downsample, SegResMamba, Skip, UpStage
+from srlib.segmamba import GSC, SegMambaBlock
 from srlib.tom import ToMLayer
-
-
-class GSC(nn.Module):
-    """SegMamba's gated spatial convolution: two 3x3x3 units beside one 1x1x1, summed, mixed, plus the input."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        unit = partial(
-            Convolution, 3, channels, channels, norm="INSTANCE", act="RELU", adn_ordering="NA"
-        )
-        self.wide = nn.Sequential(unit(kernel_size=3), unit(kernel_size=3))
-        self.narrow = unit(kernel_size=1)
-        self.mix = unit(kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X (B, C, d, h, w) -> (B, C, d, h, w)."""
-        return x + self.mix(self.wide(x) + self.narrow(x))
 
 
 class SegMamba(nn.Module):
@@ -87,10 +71,7 @@ class SegMamba(nn.Module):
             for c, d in pairwise(features)
         ]
         self.downsamples = nn.ModuleList([stem, *halve])
-        self.stages = nn.ModuleList(
-            nn.Sequential(GSC(c), *(ToMLayer(c, residual=True) for _ in range(layers)))
-            for c in features
-        )
+        self.stages = nn.ModuleList(SegMambaBlock(c, layers) for c in features)
         self.mlps = nn.ModuleList(Skip(c) for c in features)
         block: dict[str, Any] = {"kernel_size": 3, "norm_name": "instance", "res_block": True}
         widths = [in_channels, *features, hidden]
@@ -139,6 +120,9 @@ class Padded(nn.Module):
         return self.network(x)[..., :depth, :height, :width]
 
 
+Maker = Callable[[int, int, tuple[int, ...]], nn.Module]
+
+
 @dataclass(frozen=True)
 class Peer:
     """A system of the comparison.
@@ -151,41 +135,15 @@ class Peer:
     """
 
     title: str
-    make: Callable[[int, int, tuple[int, ...]], nn.Module]
+    make: Maker
     divisor: int
     parameters: int
 
 
-def _swin_unetr(in_channels: int, out_channels: int, _size: Sequence[int]) -> nn.Module:
-    return SwinUNETR(in_channels, out_channels, feature_size=48)
-
-
-def _unet(in_channels: int, out_channels: int, _size: Sequence[int]) -> nn.Module:
-    widths, strides = (16, 32, 64, 128, 256), (2, 2, 2, 2)
-    return UNet(3, in_channels, out_channels, widths, strides, num_res_units=2)
-
-
-def _nnunet(in_channels: int, out_channels: int, _size: Sequence[int]) -> nn.Module:
-    kernels, strides = [3] * 6, [1, 2, 2, 2, 2, 2]
-    widths = (32, 64, 128, 256, 320, 320)
-    return DynUNet(3, in_channels, out_channels, kernels, strides, strides[1:], filters=widths)
-
-
-def _segmamba(in_channels: int, out_channels: int, _size: Sequence[int]) -> nn.Module:
-    return SegMamba(in_channels, out_channels)
-
-
-def _segresmamba(in_channels: int, out_channels: int, _size: Sequence[int]) -> nn.Module:
-    return SegResMamba(in_channels, out_channels)
-
-
-def _released(in_channels: int, out_channels: int, _size: Sequence[int]) -> nn.Module:
-    return SegResMamba(in_channels, out_channels, variant="released")
-
-
-def _segresnet(in_channels: int, out_channels: int, _size: Sequence[int]) -> nn.Module:
-    return SegResNet(
-        3, 32, in_channels, out_channels, blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1)
+def _any_size(network: Callable[..., nn.Module], **settings: Any) -> Maker:
+    """What makes networks of these settings, whatever the size of the images."""
+    return lambda in_channels, out_channels, _size: network(
+        in_channels=in_channels, out_channels=out_channels, **settings
     )
 
 
@@ -214,38 +172,83 @@ def _nnunet_resenc(in_channels: int, out_channels: int, _size: Sequence[int]) ->
     )
 
 
+def _unet(*widths: int) -> Maker:
+    return _any_size(UNet, spatial_dims=3, channels=widths, strides=(2, 2, 2, 2), num_res_units=2)
+
+
+def _nnunet(strides: Sequence[int], *widths: int) -> Maker:
+    """Kernels of 3 voxels, a stride and a width for each stage."""
+    stages: dict[str, Any] = {"kernel_size": [3] * len(strides), "strides": strides}
+    stages |= {"upsample_kernel_size": strides[1:], "filters": widths}
+    return _any_size(DynUNet, spatial_dims=3, **stages)
+
+
+def _segresnet(width: int, **norm: Any) -> Maker:
+    blocks: dict[str, Any] = {"blocks_down": (1, 2, 2, 4), "blocks_up": (1, 1, 1)}
+    return _any_size(SegResNet, spatial_dims=3, init_filters=width, **blocks, **norm)
+
+
+_full_nnunet = _nnunet([1, 2, 2, 2, 2, 2], 32, 64, 128, 256, 320, 320)
+_released = _any_size(SegResMamba, variant="released")
 PEERS: dict[str, Peer] = {
     "unetr": Peer("UNETR", UNETR, 16, 93_011_374),
-    "swin_unetr": Peer("SwinUNETR", _swin_unetr, 32, 62_187_296),
-    "unet": Peer("UNET", _unet, 16, 4_822_057),
-    "nnunet": Peer("nnUNet", _nnunet, 32, 31_189_806),
-    "segmamba": Peer("SegMamba", _segmamba, 16, 67_363_262),
-    "segresmamba": Peer("SegResMamba", _segresmamba, 1, 68_259_950),
+    "swin_unetr": Peer("SwinUNETR", _any_size(SwinUNETR, feature_size=48), 32, 62_187_296),
+    "unet": Peer("UNET", _unet(16, 32, 64, 128, 256), 16, 4_822_057),
+    "nnunet": Peer("nnUNet", _full_nnunet, 32, 31_189_806),
+    "segmamba": Peer("SegMamba", _any_size(SegMamba), 16, 67_363_262),
+    "segresmamba": Peer("SegResMamba", _any_size(SegResMamba), 1, 68_259_950),
     "segresmamba_released": Peer("SegResMamba, released", _released, 1, 70_426_430),
-    "segresnet": Peer("SegResNet", _segresnet, 8, 18_796_398),
+    "segresnet": Peer("SegResNet", _segresnet(32), 8, 18_796_398),
     "nnunet_resenc": Peer("nnU-Net ResEnc L", _nnunet_resenc, 32, 102_348_622),
 }
 
 
+def _small_unetr(in_channels: int, out_channels: int, size: Sequence[int]) -> nn.Module:
+    width: dict[str, Any] = {"hidden_size": 192, "mlp_dim": 768, "num_heads": 6}
+    return UNETR(in_channels, out_channels, size, feature_size=6, **width)
+
+
+_small_swin = _any_size(SwinUNETR, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+_small_nnunet = _nnunet([1, 2, 2, 2], 7, 14, 28, 56)  # as often halved as nnU-Net does at this size
+_small_segmamba = _any_size(SegMamba, features=(5, 10, 20, 40), hidden=80, layers=3)
+_small_segresnet = _segresnet(6, norm=("GROUP", {"num_groups": 2}))
+
+# For trainings on a CPU: as many MACs as SegResMamba `small`, within 10 %, for an image of 48x64x48 voxels. Only
+# SwinUNETR cannot be made that small: MONAI takes no feature size below 12, at which it has four times as many.
+SMALL: dict[str, Peer] = {
+    "unetr": Peer("UNETR", _small_unetr, 16, 6_740_402),
+    "swin_unetr": Peer("SwinUNETR", _small_swin, 32, 3_764_225),
+    "unet": Peer("UNET", _unet(21, 42, 84, 168, 336), 16, 8_296_872),
+    "nnunet": Peer("nnUNet", _small_nnunet, 8, 268_751),
+    "segmamba": Peer("SegMamba", _small_segmamba, 16, 818_589),
+    "segresnet": Peer("SegResNet", _small_segresnet, 8, 662_048),
+}
+
+
 def build(
-    name: str, in_channels: int, out_channels: int, spatial_size: Sequence[int] | int
+    name: str,
+    in_channels: int,
+    out_channels: int,
+    spatial_size: Sequence[int] | int,
+    peers: Mapping[str, Peer] = PEERS,
 ) -> nn.Module:
     """The network of a peer, with random weights.
 
     Args:
-        name: a key of `PEERS`.
+        name: a key of `peers`.
         in_channels: modalities of the image.
         out_channels: classes of the logits, background included.
         spatial_size: voxels (D, H, W) of the images, or one number for a cube. UNETR's position embedding fits
             this size alone; the others take any.
+        peers: `PEERS`, the paper's sizes, or `SMALL`.
 
     Raises:
         ValueError: an unknown name, which the message answers with the known ones.
         ImportError: the library of that peer is not installed.
     """
-    if name not in PEERS:
-        raise ValueError(f"peer {name!r} is not one of {', '.join(PEERS)}")
-    peer = PEERS[name]
+    if name not in peers:
+        raise ValueError(f"peer {name!r} is not one of {', '.join(peers)}")
+    peer = peers[name]
     size = (spatial_size,) * 3 if isinstance(spatial_size, int) else tuple(spatial_size)
     padded = tuple(n + -n % peer.divisor for n in size)
     network = peer.make(in_channels, out_channels, padded)

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -28,8 +27,11 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
+from srlib.paths import atomic_folder
+
 CLASSES = ("grey matter", "white matter")
 TEMPLATE_FILES = [f"mni_icbm152_{t}_tal_nlin_sym_09a_converted.nii.gz" for t in ("t1", "gm", "wm")]
+TRAINING = 24  # subjects; the others are held out
 BRAIN_CENTRE = (0.0, -17.0, 5.0)  # MNI coordinates, mm: the middle of each subject's grid
 
 
@@ -70,6 +72,7 @@ class Template(NamedTuple):
     affine: NDArray[np.float64]
 
 
+@cache
 def fingerprint(recipe: Recipe) -> str:
     """Short hash of recipe and template files; of no computed float, so the same everywhere."""
     digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
@@ -152,46 +155,54 @@ def make_subject(number: int, recipe: Recipe) -> tuple[NDArray[np.int16], NDArra
 
 
 def build(folder: Path, recipe: Recipe) -> Path:
-    """Write the virtual cohort to `folder` in the Medical Segmentation Decathlon's layout, once.
-
-    A folder that is there is complete: the cohort is written beside it and renamed at the end. Of
-    two processes that build at once one wins, and both find the same files.
-    """
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        _write(partial, recipe)
-        partial.chmod(0o755)
+    """Write the virtual cohort to `folder` in the Medical Segmentation Decathlon's layout, once."""
+    if not folder.is_dir():
         try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # nobody else finished it either
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        load_template.cache_clear()  # 100 MB that nobody needs any more
+            with atomic_folder(folder) as partial:
+                _write(partial, recipe)
+        finally:
+            load_template.cache_clear()  # 100 MB that nobody needs any more
     return folder
 
 
 def _write(folder: Path, recipe: Recipe) -> None:
-    training = []
-    for number in range(recipe.subjects):
-        case = {k: f"./{k}sTr/virtual_{number + 1:02d}.nii.gz" for k in ("image", "label")}
-        for array, file in zip(make_subject(number, recipe), case.values(), strict=True):
-            nifti = nib.Nifti1Image(array, grid_affine(recipe))
-            nifti.header.set_xyzt_units("mm")
-            (folder / file).parent.mkdir(exist_ok=True)
-            nib.save(nifti, folder / file)
-        training.append(case)
+    subjects = (make_subject(number, recipe) for number in range(recipe.subjects))
     description = {
         "name": "Virtual cohort of the ICBM-152 template",
         "description": "Random deformations of one template; no subject is a person",
         "modality": {"0": "MRI"},
-        "labels": {str(value): name for value, name in enumerate(("background", *CLASSES))},
-        "numTraining": recipe.subjects,
-        "training": training,
         "recipe": asdict(recipe),
     }
-    (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+    write_task(folder, "virtual_{:02d}", subjects, CLASSES, grid_affine(recipe), description)
+
+
+def write_task(
+    folder: Path,
+    name: str,
+    volumes: Iterable[tuple[NDArray, NDArray]],
+    classes: Sequence[str],
+    affine: NDArray[np.float64],
+    description: dict[str, Any],
+) -> None:
+    """Write images and labels (X, Y, Z) and the index `dataset.json` in the Decathlon's layout.
+
+    Args:
+        folder: an empty folder.
+        name: of a case, with a place for its number, as in `case_{:02d}`.
+        volumes: image and label map of each case.
+        classes: names of the label values from 1 on.
+        affine: of all cases, voxels to mm.
+        description: further entries of the index.
+    """
+    training = []
+    for number, arrays in enumerate(volumes, start=1):
+        case = {k: f"./{k}sTr/{name.format(number)}.nii.gz" for k in ("image", "label")}
+        for array, file in zip(arrays, case.values(), strict=True):
+            nifti = nib.Nifti1Image(array, affine)
+            nifti.header.set_xyzt_units("mm")
+            (folder / file).parent.mkdir(exist_ok=True)
+            nib.save(nifti, folder / file)
+        training.append(case)
+    labels = {str(value): name for value, name in enumerate(("background", *classes))}
+    index = {**description, "labels": labels, "numTraining": len(training), "training": training}
+    (folder / "dataset.json").write_text(json.dumps(index, indent=1) + "\n")

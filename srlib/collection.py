@@ -7,8 +7,8 @@ A run fills one folder, `results/<profile>/<dataset>/`:
 - `manifest.json`: for each notebook what it was computed with, how long it took and what it wrote.
 
 A notebook that is computed and unchanged is not computed again. Unchanged means that its *stamp* is: a hash of
-its cells and parameters, of the sources of `srlib`, of the reference tables, of the data, and of the versions
-and the device it runs with.
+its cells and parameters, of the sources of `srlib`, of the reference tables and networks, of the data and of which
+other data sets are here, and of the versions and the device it runs with.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def plan(
 
     Args:
         profile: name of a profile.
-        dataset: name of a data set.
+        dataset: name of a data set, or a folder's path.
         only: numbers or names of notebooks (`3`, `03` or `03_training`); empty means all.
         folder: where the notebooks are.
         seed: of every training.
@@ -103,7 +103,7 @@ def plan(
     if not data.get(dataset).virtual:
         data.find(dataset)
     chosen = tuple(select(find_notebooks(folder), only))
-    made = Plan(profile, dataset, chosen, seed)
+    made = Plan(profile, data.get(dataset).name, chosen, seed)
     for notebook in chosen:
         parameters_for(made, notebook)
     return made
@@ -128,6 +128,12 @@ def select(notebooks: Sequence[Path], only: Iterable[str]) -> list[Path]:
             raise ValueError(f"notebook {name!r} is not one of {', '.join(names)}")
         chosen.append(notebook)
     return [notebook for notebook in notebooks if not chosen or notebook in chosen]
+
+
+def solutions(plan: Plan) -> Plan:
+    """The solutions of the plan's notebooks: left out of a run, executed by the tests and by `store_outputs`."""
+    files = [n.parent / "solutions" / f"{n.stem}_solutions.ipynb" for n in plan.notebooks]
+    return dataclasses.replace(plan, notebooks=tuple(file for file in files if file.exists()))
 
 
 def parameters_for(plan: Plan, notebook: Path) -> dict[str, Any]:
@@ -158,12 +164,12 @@ def stamp(plan: Plan, notebook: Path) -> str:
     """A hash of everything that the notebook's results depend on, see the text above."""
     made_with = provenance.describe()
     contents = {
-        "cells": [(cell.cell_type, cell.source) for cell in _read(notebook).cells],
+        "cells": [(c.cell_type, c.source) for n in _sources(notebook) for c in _read(n).cells],
         "parameters": parameters_for(plan, notebook),
-        "run": [plan.profile, plan.dataset, data.fingerprint(plan.dataset)],
+        "run": [plan.profile, plan.dataset, data.fingerprint(plan.dataset), *data.present()],
         "sources": _hash_files(paths.ROOT / "srlib", ("*.py", "*.json", "*.mplstyle")),
         "reference": [
-            _hash_files(folder, ("*.csv", "*.json"))
+            _hash_files(folder, ("*.csv", "*.json", "*.md", "*.safetensors"))
             for folder in sorted(paths.REFERENCE.glob("*/"))
             if folder.name not in profiles.PROFILES  # what runs are compared with, not made from
         ],
@@ -189,9 +195,15 @@ def run(plan: Plan, force: bool = False) -> None:
         srlib.data.DataError: bad files in the data set.
         NotebookError: a notebook failed; what was computed before it stays.
     """
-    start = time.perf_counter()
     print(f"profile {plan.profile}, data set {plan.dataset}, {provenance.device_name()}")
     data.check(plan.dataset)
+    with paths.locked(plan.results):
+        _fill(plan, force)
+
+
+def _fill(plan: Plan, force: bool) -> None:
+    """What `run` does as soon as no other process works in the results folder."""
+    start = time.perf_counter()
     width = max(len(notebook.stem) for notebook in plan.notebooks)
     computed = 0
     for notebook in plan.notebooks:
@@ -290,14 +302,20 @@ def kernel_environment(profile: str) -> Iterator[None]:
 def store_outputs(plan: Plan) -> None:
     """Copy what the plan's last run displayed into the committed notebooks, for maintainers.
 
-    Outputs only: times, papermill's metadata and the kernel's version are left behind.
+    Their solutions, which no run executes, are executed first. Outputs only: times, papermill's metadata and the
+    kernel's version are left behind.
 
     Raises:
         ValueError: a notebook was not executed as it now stands, or an output holds an absolute path.
+        NotebookError: solutions failed.
     """
     for notebook in plan.notebooks:
         if not is_current(plan, notebook):
             raise ValueError(f"{notebook.name} was not executed as it now stands; run it first")
+    solved = solutions(plan)
+    if solved.notebooks:
+        run(solved)
+    for notebook in plan.notebooks + solved.notebooks:
         source, executed = _read(notebook), _read(plan.executed(notebook))
         count = 0
         for number, (cell, done) in enumerate(
@@ -326,6 +344,13 @@ def store_outputs(plan: Plan) -> None:
 
 def _read(notebook: Path) -> NotebookNode:
     return nbformat.read(notebook, as_version=4)
+
+
+def _sources(notebook: Path) -> list[Path]:
+    """The notebook and, before solutions, the one whose exercises they solve: they execute cells of it."""
+    if notebook.parent.name != "solutions":
+        return [notebook]
+    return [notebook.parent.parent / notebook.name.replace("_solutions", ""), notebook]
 
 
 def _own_cells(executed: NotebookNode) -> list[NotebookNode]:

@@ -4,13 +4,14 @@
           --TrainingSamples--> patches, each a pure function of (seed, step, index)
 
 Arrays are (C, X, Y, Z), the axes pointing right, anterior and superior; where the network says
-(D, H, W) it is given X, Y, Z. The registry is in `srlib.datasets`; all of it can be imported here.
+(D, H, W) it is given X, Y, Z. The registry is in `srlib.registry`; all of it can be imported here.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
 from math import radians
 from pathlib import Path
 from typing import Any
@@ -22,34 +23,32 @@ import torch
 import torch.nn.functional as F
 from monai.transforms import (
     Compose,
-    LoadImaged,
-    Orientationd,
     RandAdjustContrastd,
     RandGaussianNoised,
     RandScaleIntensityd,
     RandShiftIntensityd,
-    Spacingd,
 )
 from monai.transforms.utils import create_rotate, create_scale
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from srlib import cohort
+from srlib import images, labels
 from srlib.datasets import (
-    REGISTRY,
-    Case,
-    DataError,
-    Dataset,
     Split,
     case_ids,
     cases,
     download,
     find,
     get,
+    present,
+    recipe_fingerprint,
     split,
 )
-from srlib.paths import atomic_path, cache_dir
+from srlib.images import DataError, normalise
+from srlib.layouts import Case
+from srlib.paths import atomic_path, cache_dir, slug, source_hash
+from srlib.registry import REGISTRY, Dataset
 
 __all__ = [
     "REGISTRY",
@@ -67,20 +66,23 @@ __all__ = [
     "get",
     "load_case",
     "normalise",
+    "present",
     "split",
     "summary",
 ]
 
-VERSION = 1  # raise it when what is cached here (checks, summaries, preprocessed cases) changes
+# What decides the checks, summaries and preprocessed cases that are cached here, beside the files.
+CACHED_BY = ("data.py", "images.py", "labels.py", "registry.py")
 
 
 # --- Facts about a whole data set, remembered until one of its files changes --------------------
 
 
 def _identity(name: str, paths: Sequence[Path]) -> str:
-    """Short hash of files' places, sizes and times of change, and of what is expected of them."""
+    """Short hash of files' places, sizes and times of change, of what is expected of them and of `CACHED_BY`."""
     entry = get(name)
-    parts = [f"{VERSION} {name} {entry.classes} {entry.spacing}"]
+    parts = [f"{source_hash(CACHED_BY)} {name} {entry.classes} {entry.spacing}"]
+    parts.append(f"{entry.normalisation} {entry.label_values}")
     for path in paths:
         state = path.stat() if path.is_file() else None
         parts.append(f"{path} {state.st_size} {state.st_mtime_ns}" if state else f"{path} missing")
@@ -89,75 +91,66 @@ def _identity(name: str, paths: Sequence[Path]) -> str:
 
 def _memory(name: str, what: str) -> Path:
     """Where a fact about the data set, as its files are now, is kept."""
-    paths = [path for case in cases(name) for path in (case.image, case.label)]
-    return cache_dir("facts") / f"{name}-{what}-{_identity(name, paths)}"
+    paths = [path for case in cases(name) for path in case.files]
+    return cache_dir("facts") / f"{slug(name)}-{what}-{_identity(name, paths)}"
 
 
-def _decode(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Voxels as stored (scaled as the header says) and affine."""
-    image = nib.Nifti1Image.from_filename(path)
-    return np.asarray(image.dataobj), np.asarray(image.affine, np.float64)
+def check(name: str, fold: int | None = None) -> None:
+    """Hold every case against the data set's entry, before hours are spent on it.
 
+    Readable files of three dimensions, all of a case on one grid (shape and affine) that is regular,
+    finite and not constant intensities, label values that the entry knows, each class in some case.
 
-def check(name: str) -> None:
-    """Hold every case against the registry's entry, before hours are spent on it.
-
-    Readable files, three dimensions, image and label on one grid (shape and affine), a regular
-    affine, finite and not constant intensities, label values that the entry knows.
+    Args:
+        name: data set.
+        fold: look for each class in this fold's training cases only.
 
     Raises:
         DataError: one line for each fault, naming the file and what was expected.
     """
-    memory = _memory(name, "checked")
-    if memory.exists():
-        return
-    faults = [fault for case in cases(name) for fault in _faults(case, get(name))]
-    if faults:
-        raise DataError("\n".join([f"data set {name!r}, {len(faults)} fault(s):", *faults]))
-    with atomic_path(memory) as temporary:
-        temporary.write_text("every case passed srlib.data.check\n")
+    memory, entry = _memory(name, "checked"), get(name)
+    if not memory.exists():
+        found, faults = {}, []
+        for case in cases(name):
+            try:
+                _, label = _read(case, entry)
+                values = labels.values_in(case.label, label, labels.known_values(entry))
+                found[case.id] = [entry.values.index(value) + 1 for value in values]
+            except DataError as error:
+                faults += str(error).splitlines()
+        if faults:
+            raise DataError("\n".join([f"data set {name!r}, {len(faults)} fault(s):", *faults]))
+        with atomic_path(memory) as temporary:
+            temporary.write_text(json.dumps(found))
+    found = json.loads(memory.read_text())
+    ids = found if fold is None else split(name, fold).train
+    seen = {label for case_id in ids for label in found[case_id]}
+    absent = [c for c, of in zip(entry.classes, entry.members, strict=True) if not seen & set(of)]
+    if absent:
+        where = "case" if fold is None else f"training case of fold {fold}"
+        raise DataError(
+            f"data set {name!r}: no {where} has {', '.join(absent)}; expected each class"
+        )
 
 
-def _faults(case: Case, entry: Dataset) -> Iterator[str]:
-    decoded = {}
-    for path in (case.image, case.label):
-        try:
-            decoded[path] = array, affine = _decode(path)
-        except Exception as error:  # nibabel and the decompressors know many kinds of broken file
-            yield f"{path}: cannot be read ({type(error).__name__}: {error})"
-            continue
-        if array.ndim != 3:
-            yield f"{path}: expected 3 dimensions, got shape {array.shape}"
-        if not abs(np.linalg.det(affine)) > 1e-9:  # NaN neither
-            yield f"{path}: its affine is singular or not finite"
-        if bad := np.count_nonzero(~np.isfinite(array)):
-            yield f"{path}: {bad} voxels are NaN or infinite"
-    if case.image in decoded and np.ptp(decoded[case.image][0]) == 0:
-        yield f"{case.image}: every voxel has the same value"
-    if case.label in decoded:
-        values = np.unique(decoded[case.label][0])
-        if len(unknown := values[~np.isin(values, range(entry.out_channels))]):
-            known = ", ".join(f"{k} {c}" for k, c in enumerate(("background", *entry.classes)))
-            yield f"{case.label}: unknown label values {unknown[:5].tolist()}; expected {known}"
-    if len(decoded) == 2:
-        (image, of_image), (label, of_label) = decoded.values()
-        if image.shape != label.shape:
-            yield f"{case.label}: its shape is {label.shape}, the image's {image.shape}"
-        if not np.allclose(of_image, of_label, atol=1e-3):
-            yield f"{case.label}: its affine is not the image's"
+def _read(case: Case, entry: Dataset) -> tuple[list[images.Scan], images.Scan]:
+    """The files of a case."""
+    return images.read_case(case.images, case.label, entry.in_channels)
 
 
 def fingerprint(name: str) -> str:
-    """Short hash that names the data: of the decoded arrays; of the virtual cohort, its recipe."""
+    """Short hash that names the data: of the decoded arrays; of a virtual one, its recipe."""
     if get(name).virtual:
-        return cohort.fingerprint(cohort.RECIPE)
+        return recipe_fingerprint(name)
     memory = _memory(name, "fingerprint")
     if not memory.exists():
-        digest = hashlib.sha256()
+        digest, entry = hashlib.sha256(), get(name)
         for case in cases(name):
-            (image, affine), (label, _) = _decode(case.image), _decode(case.label)
-            digest.update(f"{case.id} {image.shape}".encode())
-            for array, kind in ((image, "<f4"), (label, "u1"), (affine, "<f8")):
+            scans, label = _read(case, entry)
+            digest.update(f"{case.id} {scans[0].array.shape}".encode())
+            parts: list[tuple[NDArray[Any], str]] = [(scan.array, "<f4") for scan in scans]
+            parts += [(labels.encode(label.array, entry), "u1"), (scans[0].affine, "<f8")]
+            for array, kind in parts:
                 digest.update(array.astype(kind).tobytes())
         with atomic_path(memory) as temporary:
             temporary.write_text(digest.hexdigest()[:16])
@@ -165,65 +158,54 @@ def fingerprint(name: str) -> str:
 
 
 def summary(name: str) -> pd.DataFrame:
-    """One row a case: voxels and voxel size (mm) along each axis, intensities, volumes (ml)."""
+    """One row a case: voxels and voxel size (mm) along each axis, intensities (of the first channel), volumes (ml)."""
     memory = _memory(name, "summary")
     if not memory.exists():
         with atomic_path(memory) as temporary:
             rows = [_row(case, get(name)) for case in cases(name)]
             pd.DataFrame(rows).to_csv(temporary, index=False)
-    return pd.read_csv(memory)
+    return pd.read_csv(memory, dtype={"case": str})  # "000" is a name
 
 
 def _row(case: Case, entry: Dataset) -> dict[str, object]:
-    (image, affine), (label, _) = _decode(case.image), _decode(case.label)
+    scans, label = _read(case, entry)
+    image, affine = scans[0]
+    masks = labels.class_masks(_label_map(label, entry)[None], entry.members)[0]
     size = nib.affines.voxel_sizes(affine)
     row: dict[str, object] = {"case": case.id}
     row |= {f"voxels_{axis}": n for axis, n in zip("xyz", image.shape, strict=True)}
     row |= {f"spacing_{axis}_mm": s for axis, s in zip("xyz", size, strict=True)}
     row |= {"intensity_min": image.min(), "intensity_max": image.max()}
-    for value, of_class in enumerate(entry.classes, start=1):
-        row[f"{of_class} (ml)"] = np.count_nonzero(label == value) * size.prod() / 1000
+    for of_class, mask in zip(entry.classes, masks, strict=True):
+        row[f"{of_class} (ml)"] = int(mask.sum()) * size.prod() / 1000
     return row
 
 
 # --- The deterministic part, once a case --------------------------------------------------------
 
 
-def normalise(image: NDArray[Any]) -> NDArray[np.float32]:
-    """Robust z-scores of one channel: clipped at its 0.5 and 99.5 percentiles, mean 0, deviation 1.
-
-    Scanners' units are arbitrary (maxima from 100 to 1.7 million in one data set), so each image is
-    its own scale. numpy in float64, since the result must not depend on the number of threads.
-    """
-    low, high = np.percentile(image, (0.5, 99.5))
-    clipped = np.clip(np.asarray(image, np.float64), low, high)
-    deviation = clipped.std()
-    return ((clipped - clipped.mean()) / (deviation if deviation > 0 else 1)).astype(np.float32)
-
-
 def _preprocessed(name: str, case: Case) -> Path:
     """The file of a preprocessed case: safetensors, which can be read without running code."""
-    path = cache_dir("cases", name) / f"{case.id}-{_identity(name, case[1:])}.safetensors"
+    folder = cache_dir("cases", slug(name))
+    path = folder / f"{case.id}-{_identity(name, case.files)}.safetensors"
     if path.exists():
         return path
-    keys = ("image", "label")
-    load = Compose(
-        [
-            LoadImaged(keys, ensure_channel_first=True),
-            Orientationd(keys, axcodes="RAS", labels=None),
-            Spacingd(keys, pixdim=get(name).spacing, mode=("bilinear", "nearest")),
-        ]
-    )
-    loaded = load({"image": case.image, "label": case.label})
-    image = np.stack([normalise(channel) for channel in loaded["image"].numpy()])
+    entry = get(name)
+    scans, label = _read(case, entry)
+    image, affine = images.prepare(scans, entry.spacing, entry.normalisation)
     tensors = {
-        "image": torch.from_numpy(image),  # (C, X, Y, Z)
-        "label": loaded["label"].as_tensor().to(torch.uint8),  # (1, X, Y, Z)
-        "affine": loaded["image"].affine.to(torch.float64),  # (4, 4)
+        "image": image,  # (C, X, Y, Z)
+        "label": _label_map(images.regrid(label, entry.spacing, labels=True), entry),
+        "affine": torch.from_numpy(affine),  # (4, 4)
     }
     with atomic_path(path) as temporary:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
     return path
+
+
+def _label_map(label: images.Scan, entry: Dataset) -> Tensor:
+    """Labels of a file as this library numbers them, uint8 (1, X, Y, Z)."""
+    return torch.from_numpy(labels.encode(label.array, entry))[None]
 
 
 def load_case(name: str, case_id: str) -> dict[str, Any]:
@@ -252,7 +234,8 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
     the samples that the uninterrupted run would have seen. Cases come in a new random order each
     time all have been seen. Two patches of three are centred on a random foreground voxel, as far
     as the case reaches; a case smaller than the patch lies anywhere in it. What is outside of the
-    scan is 0, its mean intensity, as in MONAI's sliding-window inference.
+    scan is 0, the mean of z-scores (and where CT's windows from 0 to 1 begin), as in MONAI's
+    sliding-window inference.
 
     With `augment`: rotation up to 15 degrees about each axis and scaling by 0.85 to 1.15 (half of
     the samples, in one resampling), mirroring along the entry's `flip_axes`, and intensity scale,

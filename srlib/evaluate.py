@@ -5,80 +5,103 @@
 | `dice` | overlap of prediction P and reference R, 2 #(P and R) / (#P + #R) | 1 | `compute_dice` |
 | `nsd` | share of both surfaces within the data set's tolerance | 1 | `compute_surface_dice` |
 | `hd95` | 95th percentile of the surface distance | mm | `compute_hausdorff_distance` |
+| `sensitivity` | share of R that is labelled as it, #(P and R) / #R | 1 | `compute_confusion_matrix_metric` |
 | `volume_ref_ml`, `volume_pred_ml` | volumes | ml | voxels times voxel volume |
 
 Where a structure is empty these are not defined; the values are then set, so that no case falls
-out of a mean: both empty - Dice 1, NSD 1, HD95 0; one of them empty - Dice 0, NSD 0, HD95 the
-diagonal of the image.
+out of a mean: both empty - Dice, NSD and sensitivity 1, HD95 0; one of them empty - Dice, NSD and sensitivity 0,
+HD95 the diagonal of the image.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from monai.inferers import sliding_window_inference
-from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+from monai.metrics import (
+    compute_confusion_matrix_metric,
+    compute_dice,
+    compute_hausdorff_distance,
+    compute_surface_dice,
+    get_confusion_matrix,
+)
+from monai.metrics.utils import get_mask_edges, get_surface_distance
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
 from srlib import data
-from srlib.paths import atomic_path
-from srlib.runs import RunConfig, run_dir, run_id, source_hash
-from srlib.train import load_model
+from srlib.checkpoints import load_trained
+from srlib.labels import class_masks
+from srlib.paths import atomic_path, source_hash
+from srlib.runs import SOURCES, RunConfig, run_dir, run_id
+from srlib.train import load_model, restore
+from srlib.windows import scores_by_slab
 
 METRICS = ("dice", "nsd", "hd95")
+BINS = 10  # of probabilities
 
 
-def evaluate(config: RunConfig, progress: bool | None = None) -> pd.DataFrame:
+def evaluate(
+    config: RunConfig, progress: bool | None = None, checkpoint: Path | None = None
+) -> pd.DataFrame:
     """Predict and score the held-out cases of a finished run.
 
     The table is kept as `metrics.csv` in the run's folder, the label maps beside it as `predictions/<case>.nii.gz`
-    on the working grid; neither is computed twice for the same code.
+    on the working grid; neither is computed twice for the same code, weights and data, also of a run that was killed.
 
     Args:
         config: a run that `srlib.train.train` has finished.
         progress: show a bar; `None` shows it in a terminal only.
+        checkpoint: the trained network's file, where that is not the run's here; the table goes beside it.
 
     Returns:
-        Columns `case`, `class`, `dice`, `nsd`, `hd95` (mm), `volume_ref_ml`, `volume_pred_ml`.
+        Columns `case`, `class`, `dice`, `nsd`, `hd95` (mm), `sensitivity`, `volume_ref_ml`, `volume_pred_ml`.
     """
-    folder = run_dir(config)
+    network = checkpoint or run_dir(config) / "model.safetensors"
+    kept = network.parent
     dataset = data.get(config.dataset)
     cases = test_cases(config)
-    made_with = {"sources": source_hash(("evaluate.py",)), "cases": cases}
-    stamp, table_file = folder / "evaluation.json", folder / "metrics.csv"
-    if stamp.is_file() and json.loads(stamp.read_text()) == made_with:
-        return pd.read_csv(table_file, dtype={"case": str})
+    made_with: dict[str, Any] = {"sources": source_hash((*SOURCES, "evaluate.py", "windows.py"))}
+    made_with |= {"network": hashlib.sha256(network.read_bytes()).hexdigest(), "cases": cases}
+    made_with["data"] = data.fingerprint(config.dataset)
+    scores_file, table_file = kept / "evaluation.json", kept / "metrics.csv"
+    found = json.loads(scores_file.read_text()) if scores_file.is_file() else {}
+    rows: list[dict] = found["rows"] if found.get("made_with") == made_with else []
+    missing = [case_id for case_id in cases if case_id not in {row["case"] for row in rows}]
 
-    model = load_model(config)
-    rows: list[dict] = []
+    if missing:
+        model = restore(load_trained(checkpoint)) if checkpoint else load_model(config)
     for case_id in tqdm(
-        cases, desc="evaluation", disable=None if progress is None else not progress
+        missing,
+        desc="evaluation",
+        disable=not missing or (None if progress is None else not progress),
     ):
         case = data.load_case(config.dataset, case_id)
         prediction = predict(model, case["image"], config.patch_size)
-        _save_labels(prediction, case["affine"], folder / "predictions" / f"{case_id}.nii.gz")
+        _save_labels(prediction, case["affine"], kept / "predictions" / f"{case_id}.nii.gz")
         scores = score(
-            prediction, case["label"][0], dataset.spacing, dataset.classes, dataset.nsd_tolerance
+            prediction,
+            case["label"][0],
+            dataset.spacing,
+            dataset.classes,
+            dataset.nsd_tolerance,
+            dataset.members,
         )
         rows += [{"case": case_id, **row} for row in scores]
-    table = pd.DataFrame(rows)
+        with atomic_path(scores_file) as temporary:
+            temporary.write_text(json.dumps({"made_with": made_with, "rows": rows}))
     with atomic_path(table_file) as temporary:
-        table.to_csv(temporary, index=False)
-    with atomic_path(stamp) as temporary:
-        temporary.write_text(json.dumps(made_with))
-    return pd.read_csv(
-        table_file, dtype={"case": str}
-    )  # the same rounding whether it was cached or not
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+    return pd.read_csv(table_file, dtype={"case": str})  # rounded as whoever reads the file has it
 
 
 def test_cases(config: RunConfig) -> list[str]:
@@ -86,7 +109,6 @@ def test_cases(config: RunConfig) -> list[str]:
     return list(data.split(config.dataset, config.fold).test[: config.test_cases])
 
 
-@torch.inference_mode()
 def predict(model: nn.Module, image: Tensor, patch_size: Sequence[int]) -> Tensor:
     """Segment one preprocessed image by overlapping windows (half a patch apart, Gaussian weights).
 
@@ -98,16 +120,19 @@ def predict(model: nn.Module, image: Tensor, patch_size: Sequence[int]) -> Tenso
     Returns:
         Label map (D, H, W), uint8, on the CPU.
     """
-    model_device = next(model.parameters()).device
-    logits = sliding_window_inference(
-        image[None].to(model_device),
-        roi_size=tuple(patch_size),
-        sw_batch_size=1,
-        predictor=model,
-        overlap=0.5,
-        mode="gaussian",
-    )
-    return logits[0].argmax(0).to(torch.uint8).cpu()
+    slabs = _logits(model, image, patch_size)
+    return torch.cat([logits.argmax(0).to(torch.uint8).cpu() for logits in slabs])
+
+
+def probabilities(model: nn.Module, image: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """What `predict` chooses from: the probability of each class, background first, (K+1, D, H, W), on the CPU."""
+    slabs = _logits(model, image, patch_size)
+    return torch.cat([logits.softmax(0).cpu() for logits in slabs], dim=1)
+
+
+def _logits(model: nn.Module, image: Tensor, patch_size: Sequence[int]) -> Iterator[Tensor]:
+    """Slabs (K+1, d, H, W) along the first axis, averaged over the windows, on the model's device."""
+    return scores_by_slab(model, image, patch_size, next(model.parameters()).device)
 
 
 def score(
@@ -116,45 +141,49 @@ def score(
     spacing: Sequence[float],
     classes: Sequence[str],
     tolerance: float,
+    members: Sequence[Sequence[int]] | None = None,
 ) -> list[dict]:
     """Metrics of one label map against its reference, one row a class.
 
     Args:
-        prediction: label map (D, H, W) with values 0..len(classes).
+        prediction: label map (D, H, W); 0 is background.
         reference: likewise.
         spacing: voxel size (mm).
-        classes: names; `classes[k]` has label value k + 1.
+        classes: their names.
         tolerance: of the NSD (mm).
+        members: labels that make up each class, which may overlap; `None` means that class k is label k + 1.
     """
     if prediction.shape != reference.shape:
         raise ValueError(
             f"prediction {tuple(prediction.shape)} and reference {tuple(reference.shape)} differ in shape"
         )
-    pred, ref = (
-        one_hot(labels.long(), len(classes) + 1).movedim(-1, 0)[
-            None
-        ]  # (D, H, W) -> (1, K+1, D, H, W)
-        for labels in (prediction, reference)
+    members = members or [(k + 1,) for k in range(len(classes))]
+    pred, ref = (  # (D, H, W) -> (1, K, D, H, W)
+        class_masks(labels[None, None], members).long() for labels in (prediction, reference)
     )
     with warnings.catch_warnings():  # of empty structures, which are handled below
         warnings.filterwarnings("ignore", message=r".*is all 0, this may result in nan/inf")
         warnings.filterwarnings(
             "ignore", message=r".*always_return_as_numpy", category=FutureWarning
         )
-        dice = compute_dice(pred, ref, include_background=False)[0]
+        dice = compute_dice(pred, ref)[0]
         tolerances = [tolerance] * len(classes)
-        nsd = compute_surface_dice(pred, ref, tolerances, spacing=tuple(spacing))[0]
-        hd95 = compute_hausdorff_distance(pred, ref, percentile=95, spacing=tuple(spacing))[0]
+        surfaces: dict[str, Any] = {"include_background": True, "spacing": tuple(spacing)}
+        nsd = compute_surface_dice(pred, ref, tolerances, **surfaces)[0]
+        hd95 = compute_hausdorff_distance(pred, ref, percentile=95, **surfaces)[0]
+    counts = get_confusion_matrix(pred, ref)
+    sensitivity = compute_confusion_matrix_metric("sensitivity", counts)[0]
+    metrics = {"dice": dice, "nsd": nsd, "hd95": hd95, "sensitivity": sensitivity}
 
     voxel_ml = math.prod(spacing) / 1000
     diagonal = math.hypot(*(n * mm for n, mm in zip(reference.shape, spacing, strict=True)))
     rows = []
     for k, name in enumerate(classes):
-        n_pred, n_ref = int(pred[0, k + 1].sum()), int(ref[0, k + 1].sum())
-        values = {"dice": float(dice[k]), "nsd": float(nsd[k]), "hd95": float(hd95[k])}
+        n_pred, n_ref = int(pred[0, k].sum()), int(ref[0, k].sum())
+        values = {metric: float(of_class[k]) for metric, of_class in metrics.items()}
         if n_pred == 0 or n_ref == 0:
             missed = n_pred != n_ref
-            values = {"dice": 1.0 - missed, "nsd": 1.0 - missed, "hd95": diagonal * missed}
+            values = dict.fromkeys(values, 1.0 - missed) | {"hd95": diagonal * missed}
         volumes = {"volume_ref_ml": n_ref * voxel_ml, "volume_pred_ml": n_pred * voxel_ml}
         rows.append({"class": name, **values, **volumes})
     return rows
@@ -169,6 +198,57 @@ def summarise(table: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.DataF
     long = pd.concat([table, per_case.reset_index()]).melt("class", list(metrics), "metric")
     spread = long.groupby(["class", "metric"], sort=False)["value"]
     return spread.agg(["count", "mean", "std", "median", "min", "max"]).reset_index()
+
+
+def probability_bins(
+    probabilities: Tensor, reference: Tensor, classes: Sequence[str]
+) -> pd.DataFrame:
+    """The voxels of one case sorted by the probability of a class: what a reliability diagram needs.
+
+    Args:
+        probabilities: (K+1, D, H, W), background first.
+        reference: label map (D, H, W).
+        classes: names; `classes[k]` has label value k + 1.
+
+    Returns:
+        A row for each class and each of `BINS` bins of equal width, from 0 to 1: `class`, `bin`, `voxels`, and the sums
+        over these of the class's probability, `predicted`, and of the voxels that are of the class, `observed`. Sums of
+        cases may be added.
+    """
+    tables = []
+    for k, name in enumerate(classes, start=1):
+        said, found = probabilities[k].double().flatten(), (reference == k).double().flatten()
+        sums = {
+            column: np.histogram(said, BINS, (0, 1), weights=weights)[0]
+            for column, weights in (("voxels", None), ("predicted", said), ("observed", found))
+        }
+        tables.append(pd.DataFrame({"class": name, "bin": range(BINS), **sums}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def surface_distances(
+    prediction: Tensor, reference: Tensor, spacing: Sequence[float]
+) -> np.ndarray:
+    """How far each voxel of a predicted surface lies from the reference's, MONAI's as in HD95.
+
+    Args:
+        prediction: one structure (D, H, W), bool.
+        reference: likewise.
+        spacing: voxel size (mm).
+
+    Returns:
+        (D, H, W) in mm, positive outside the reference and negative inside; NaN off the predicted surface.
+
+    Raises:
+        ValueError: one of them is empty.
+    """
+    if not (prediction.any() and reference.any()):
+        raise ValueError("an empty structure has no surface")
+    ours, theirs = get_mask_edges(prediction.numpy(), reference.numpy(), crop=False)
+    far = get_surface_distance(ours, theirs, spacing=tuple(spacing))
+    distances = np.full(ours.shape, np.nan)
+    distances[ours] = np.where(reference.numpy()[ours], -far, far)
+    return distances
 
 
 def load_prediction(config: RunConfig, case_id: str) -> Tensor:

@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axis import Axis
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import ArrayLike
 
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#595959"
-CLASS_COLOURS = (ORANGE, SKY, YELLOW, PURPLE, GREEN, VERMILLION, BLUE)
+# The first five are told apart without red or green cones too; what has more classes needs its markers or hatches.
+CLASS_COLOURS = (VERMILLION, SKY, YELLOW, BLUE, GREEN, PURPLE, ORANGE)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 METRICS = {"dice": "Dice (1: perfect)", "nsd": "NSD (1: perfect)", "hd95": "HD95 (mm, 0: perfect)"}
 
@@ -31,8 +34,15 @@ def subplots(rows: int = 1, columns: int = 1, height: float = 3, **options: Any)
     return figure, figure.subplots(rows, columns, **options)
 
 
+def plain_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with 1, 2, 5, 10, 20, ... instead of powers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def signals(x: ArrayLike, panels: Panels, xlabel: str, step: bool = False) -> Figure:
-    """Curves over one axis, a panel for each quantity.
+    """Curves over one axis, a panel for each quantity; a legend where the curves' names are not those above.
 
     Args:
         x: (n,) positions.
@@ -42,12 +52,14 @@ def signals(x: ArrayLike, panels: Panels, xlabel: str, step: bool = False) -> Fi
     """
     height = max(2.6, 1.5 * len(panels) + 0.6)
     figure, axes = subplots(len(panels), height=height, sharex=True, squeeze=False)
+    above: list[str] = []
     for axis, (ylabel, curves) in zip(axes[:, 0], panels.items(), strict=True):
         for (name, y), dash in zip(curves.items(), itertools.cycle(("-", "--", ":", "-."))):
             axis.plot(x, y, dash, label=name, drawstyle="steps-post" if step else "default")
         axis.set(ylabel=ylabel)
-        if len(curves) > 1:
+        if len(curves) > 1 and list(curves) != above:
             axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        above = list(curves)
     axes[-1, 0].set(xlabel=xlabel)
     figure.align_ylabels()
     return figure
@@ -128,7 +140,7 @@ def diagram(boxes: Mapping[str, tuple], arrows: Sequence[tuple[str, str, str]]) 
 
 
 def metric_strips(table: pd.DataFrame) -> Figure:
-    """Each case as a point, a column for each class, median and quartiles beside it.
+    """Each case as a point, a column for each class, median and quartiles beside it; distances start at zero.
 
     Args:
         table: columns `class`, `dice`, `nsd`, `hd95`; a row for each case and class.
@@ -145,12 +157,16 @@ def metric_strips(table: pd.DataFrame) -> Figure:
             xticks=range(len(groups)), xticklabels=groups.groups, xlim=(-0.5, len(groups) - 0.4)
         )
         axis.set(ylabel=label)
+        if metric == "hd95":
+            axis.set_ylim(0, 1.08 * max(1, table["hd95"].max()))
         axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     return figure
 
 
 def volume_agreement(table: pd.DataFrame) -> Figure:
     """Predicted against reference volume, and difference against mean (Bland and Altman 1986).
+
+    Lines of a class: the mean difference, and around it the limits of agreement, 1.96 standard deviations away.
 
     Args:
         table: columns `class`, `volume_ref_ml`, `volume_pred_ml`; a row for each case and class.
@@ -161,7 +177,10 @@ def volume_agreement(table: pd.DataFrame) -> Figure:
         reference, predicted = rows["volume_ref_ml"], rows["volume_pred_ml"]
         left.scatter(reference, predicted, **style, label=str(name))
         right.scatter((reference + predicted) / 2, predicted - reference, **style)
-        right.axhline((predicted - reference).mean(), color=style["color"], linewidth=1)
+        bias, sd = (predicted - reference).mean(), (predicted - reference).std()
+        right.axhline(bias, color=style["color"], linewidth=1)
+        for limit in (bias - 1.96 * sd, bias + 1.96 * sd):
+            right.axhline(limit, color=style["color"], linewidth=1, linestyle=":")
     left.axline(
         (reference.mean(),) * 2, slope=1, color=GREY, linewidth=1, linestyle="--", label="equal"
     )
@@ -169,4 +188,34 @@ def volume_agreement(table: pd.DataFrame) -> Figure:
     left.set(xlabel="reference volume (ml)", ylabel="predicted volume (ml)")
     right.set(xlabel="mean of both volumes (ml)", ylabel="predicted minus reference (ml)")
     figure.legend(loc="outside upper center", ncols=table["class"].nunique() + 1)
+    return figure
+
+
+def beside_bars(panels: Mapping[str, tuple[pd.DataFrame, float]], log: bool = False) -> Figure:
+    """What is published and what was found, a panel for each quantity, with the bar that a claim sets.
+
+    Args:
+        panels: label of the horizontal axis, with its unit -> a row for each rival with columns `published`, `here`,
+            `low`, `high` (NaN: not there), and the bar.
+        log: a logarithmic axis, for ratios.
+    """
+    counts = [len(table) for table, _ in panels.values()]
+    ratios = {"height_ratios": [n + 1 for n in counts]}
+    height = 0.27 * sum(counts) + 0.75 * len(counts) + 0.5
+    options: dict[str, Any] = {"sharex": True, "squeeze": False, "gridspec_kw": ratios}
+    figure, axes = subplots(len(panels), height=height, **options)
+    for axis, (label, (table, bar)) in zip(axes[:, 0], panels.items(), strict=True):
+        rows = np.arange(len(table))
+        reach = [table["here"] - table["low"], table["high"] - table["here"]]
+        style = {"fmt": "o", "color": BLUE, "capsize": 3}
+        axis.errorbar(table["here"], rows, xerr=reach, label="here, and its reach", **style)
+        hollow = {"facecolor": "white", "edgecolor": ORANGE, "linewidth": 1.6}
+        axis.scatter(table["published"], rows - 0.22, 34, marker="D", label="published", **hollow)
+        axis.axvline(bar, color=GREY, linestyle="--", linewidth=1, label="what is claimed")
+        axis.set(xlabel=label, xscale="log" if log else "linear", ylim=(len(table) - 0.4, -0.8))
+        axis.set_yticks(rows, table.index)
+        axis.tick_params(labelbottom=True)
+    if log:
+        plain_ticks(axis.xaxis)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from srlib.recompute import recomputed
 from srlib.scan import ORDERS
+from srlib.segmamba import SegMambaBlock
 from srlib.tom import ToMLayer
 
 FEATURES: dict[str, tuple[int, ...]] = {
@@ -41,6 +42,7 @@ FEATURES: dict[str, tuple[int, ...]] = {
     "tiny": (8, 16, 32, 64),
 }
 TOM = ("both", "inner", "outer", "none", "conv")
+BLOCKS = ("cmmb", "segmamba")
 VARIANTS = ("paper", "released")
 MINIMUM_DIVISOR = (
     32  # resolution of the deepest map: four stages and the inner half of the last block
@@ -155,13 +157,15 @@ class CMMB(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Between stages: an extra 3x3x3 convolution, then 2x2x2 with stride 2; C -> 2C, half the size."""
+    """Between stages: an `extra` 3x3x3 convolution, then 2x2x2 with stride 2; C -> 2C, half the size."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, extra: bool = True) -> None:
         super().__init__()
-        self.extra = nn.Sequential(
-            nn.InstanceNorm3d(in_channels), nn.Conv3d(in_channels, in_channels, 3, padding=1)
+        norm, conv = (
+            nn.InstanceNorm3d(in_channels),
+            nn.Conv3d(in_channels, in_channels, 3, padding=1),
         )
+        self.extra = nn.Sequential(norm, conv) if extra else nn.Identity()
         self.norm = nn.InstanceNorm3d(in_channels)
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=2, stride=2)
 
@@ -220,6 +224,10 @@ class SegResMamba(nn.Module):
         tom: which ToM layers a block has (`CMMB`); `None` means `both`, or `conv` in the released variant.
         tom_residual: add its input to each ToM layer's output (SegMamba does, the paper's equation does not).
         scan_orders: non-empty subset of `forward`, `reverse`, `inter_slice`.
+        recurrence: False forgets the state at each token (`TriOrientedMamba`).
+        extra_conv: the additional convolution between stages (`Downsample`).
+        block: `cmmb`, or `segmamba` for SegMamba's block in its place (`SegMambaBlock`; its ToM layers always
+            add their input).
         variant: `paper` is the paper's text; `released` the authors' public code, in which no ToM layer is ever
             called and a convolution stands in the outer one's place. Only the latter takes their weights.
 
@@ -240,23 +248,31 @@ class SegResMamba(nn.Module):
         tom: str | None = None,
         tom_residual: bool = False,
         scan_orders: Sequence[str] = ORDERS,
+        recurrence: bool = True,
+        extra_conv: bool = True,
+        block: str = "cmmb",
         variant: str = "paper",
     ) -> None:
         super().__init__()
-        tom = _check_arguments(features, tom, variant)
+        tom = _check_arguments(features, tom, block, variant)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.features, self.variant = tuple(features), variant
-        sizes = {"d_state": d_state, "d_conv": d_conv, "expand": expand, "nslices": nslices}
         layer: dict[str, Any] = {
-            **sizes,
-            "residual": tom_residual,
+            "d_state": d_state,
+            "d_conv": d_conv,
+            "expand": expand,
+            "nslices": nslices,
             "scan_orders": tuple(scan_orders),
+            "recurrence": recurrence,
         }
 
         pairs = list(pairwise(features))
         stem = nn.Conv3d(in_channels, features[0], kernel_size=7, stride=2, padding=3)
-        self.downsamples = nn.ModuleList([stem, *(Downsample(c, d) for c, d in pairs)])
-        self.blocks = nn.ModuleList(CMMB(c, tom, variant == "released", **layer) for c in features)
+        self.downsamples = nn.ModuleList([stem, *(Downsample(c, d, extra_conv) for c, d in pairs)])
+        if block == "cmmb":
+            layer |= {"tom": tom, "released": variant == "released", "residual": tom_residual}
+        make = CMMB if block == "cmmb" else SegMambaBlock
+        self.blocks = nn.ModuleList(make(c, **layer) for c in features)
         self.skips = nn.ModuleList(Skip(c) for c in features)
         self.ups = nn.ModuleList(UpStage(d, c) for c, d in reversed(pairs))
         self.head = nn.ConvTranspose3d(features[0], out_channels, kernel_size=2, stride=2)
@@ -300,7 +316,7 @@ class SegResMamba(nn.Module):
             )
 
 
-def _check_arguments(features: Sequence[int], tom: str | None, variant: str) -> str:
+def _check_arguments(features: Sequence[int], tom: str | None, block: str, variant: str) -> str:
     """Validate what PyTorch would accept or refuse obscurely; returns the resolved `tom`."""
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
@@ -308,6 +324,8 @@ def _check_arguments(features: Sequence[int], tom: str | None, variant: str) -> 
         tom = "both" if variant == "paper" else "conv"
     if tom not in TOM:
         raise ValueError(f"tom must be one of {TOM}, got {tom!r}")
+    if block not in BLOCKS or (block == "segmamba" and tom != "both"):
+        raise ValueError(f"block must be one of {BLOCKS}, the latter with both ToM, got {block!r}")
     if variant == "released" and tom != "conv":
         raise ValueError(f"the released variant runs no ToM layer (tom='conv'), got tom={tom!r}")
     doubling = all(d == 2 * c for c, d in pairwise(features))

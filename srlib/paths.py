@@ -9,10 +9,16 @@ Environment variables, read at each call so that a test or a script can set them
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
+import re
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,9 +31,18 @@ def results_root() -> Path:
     return Path(os.environ.get("SRLIB_RESULTS") or ROOT / "results").resolve()
 
 
+def slug(dataset: str) -> str:
+    """A data set's name as part of a file's name: itself, or of a folder's path its end and a hash."""
+    if "/" not in dataset and os.sep not in dataset:
+        return dataset
+    end = re.sub(r"[^A-Za-z0-9]+", "-", Path(dataset).name)[:30].strip("-")
+    return f"{end}-{hashlib.sha256(dataset.encode()).hexdigest()[:8]}"
+
+
 def results_dir(profile: str, dataset: str, seed: int = 0) -> Path:
     """The folder of one collection run's figures, tables and executed notebooks."""
-    return results_root() / profile / (f"{dataset}-seed-{seed}" if seed else dataset)
+    name = slug(dataset)
+    return results_root() / profile / (f"{name}-seed-{seed}" if seed else name)
 
 
 def runs_root() -> Path:
@@ -50,23 +65,85 @@ def cache_dir(*parts: str) -> Path:
     return folder
 
 
+@cache
+def source_hash(names: tuple[str, ...]) -> str:
+    """Hash of source files and folders of `srlib`, by name and content."""
+    package = Path(__file__).resolve().parent
+    files = [package / name for name in names]
+    files = [f for path in files for f in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
 
     A reader sees the old file or the new one, never half of one; on an error the temporary file is
-    removed and the old file stays. The temporary name keeps the suffixes, for writers that look at it.
+    removed and the old file stays. The temporary name keeps the suffixes, for writers that look at it; of a
+    long name only its beginning, since systems allow 255 bytes.
+
+    Raises:
+        OSError: naming `path`, also where the system names no file, as on a full disk.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.stem[:40]}-", suffix="".join(path.suffixes)
-    )
+    suffix = "".join(part for part in path.suffixes[-2:] if len(part) <= len(".safetensors"))
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:20]}-", suffix=suffix)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what `atomic_path` left in a folder when its process was killed; for the one that holds the lock."""
+    for file in folder.glob(".*-????????.*"):
+        file.unlink()
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; rename it to `folder` when the block succeeds.
+
+    A folder that is there is complete; on an error nothing is left. Of two processes that write at
+    once one wins, and both find the same folder.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # nobody else finished it either
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; a second process says that it waits, and waits.
+
+    The system takes the lock back when its holder ends in whatever way, so nothing stale is left by a crash.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process works on {folder}; waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

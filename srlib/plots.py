@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +31,11 @@ from srlib.figures import (
     SKY,
     VERMILLION,
     YELLOW,
+    beside_bars,
     diagram,
     heat_maps,
     metric_strips,
+    plain_ticks,
     signals,
     stacked_bars,
     subplots,
@@ -49,6 +52,7 @@ from srlib.volumes import (
     gallery,
     order_view,
     scan_paths,
+    surface_map,
     tiles,
 )
 
@@ -68,6 +72,7 @@ __all__ = [
     "Record",
     "Scan",
     "Tile",
+    "beside_bars",
     "case_view",
     "diagram",
     "full_window",
@@ -76,10 +81,12 @@ __all__ = [
     "heat_maps",
     "metric_strips",
     "order_view",
+    "plain_ticks",
     "scan_paths",
     "signals",
     "stacked_bars",
     "subplots",
+    "surface_map",
     "tiles",
     "volume_agreement",
 ]
@@ -94,12 +101,15 @@ class Record:
         dataset: name of its data set's entry in the registry.
         seed: the seed of what is shown.
         inputs: what the shown numbers come from; `None` means the data set.
+        reference: of what is read from tables that the repository holds, what those were computed with; it
+            is stamped instead of profile, data, device and seed, which had no part in it.
     """
 
     profile: str
     dataset: str
     seed: int = 0
     inputs: str | None = None
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         mpl.style.use(Path(__file__).with_name("style.mplstyle"))
@@ -111,7 +121,8 @@ class Record:
         inputs, device = self.inputs or self.dataset + virtual, runs.device().type.upper()
         head, changed = provenance.commit()
         commit = f"commit {head[:8]}{'+changes' if changed else ''}"
-        return f"{self.profile} profile{smoke} | {inputs} | {device} | seed {self.seed} | {commit}"
+        here = f"{self.profile} profile{smoke} | {inputs} | {device} | seed {self.seed}"
+        return f"{self.reference or here} | {commit}"
 
     def show(self, figure: Figure, name: str, alt: str) -> None:
         """Stamp a figure, write it as PNG (300 dpi) and SVG, and display it in the notebook.
@@ -128,8 +139,11 @@ class Record:
         if not alt.strip():
             raise ValueError(f"figure {name!r} needs alt text that says what it shows")
         inch = 1 / figure.get_figheight()
-        figure.set_layout_engine("constrained", rect=(0, 0.2 * inch, 1, 1 - 0.2 * inch))
-        figure.text(0.01, 0.05 * inch, self.stamp(), size=8, color=GREY)
+        lines = textwrap.wrap(self.stamp(), 110)
+        foot = (0.05 + 0.15 * len(lines)) * inch
+        figure.set_layout_engine("constrained", rect=(0, foot, 1, 1 - foot))
+        for up, line in enumerate(reversed(lines)):
+            figure.text(0.01, (0.05 + 0.15 * up) * inch, line, size=8, color=GREY)
         folder = results_dir(self.profile, self.dataset, self.seed) / "figures"
         about = {"Title": name, "Description": alt}
         with atomic_path(folder / f"{name}.png") as path:
@@ -141,13 +155,16 @@ class Record:
         bundle = {"image/png": base64.b64encode(inline.getvalue()).decode(), "text/plain": alt}
         display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
-    def table(self, table: pd.DataFrame, name: str, digits: int = 3) -> None:
+    def table(
+        self, table: pd.DataFrame, name: str, digits: int = 3, html: str | None = None
+    ) -> None:
         """Write a table as CSV, the stamp in a first line that starts with `#`, and display it.
 
         Args:
             table: its index is not written; one that means something is made a column first.
             name: file name without suffix, unique in the collection.
             digits: decimals displayed; the file holds six significant digits.
+            html: what is displayed instead of its plain form.
         """
         folder = results_dir(self.profile, self.dataset, self.seed) / "tables"
         path = folder / f"{name}.csv"
@@ -155,6 +172,6 @@ class Record:
         with atomic_path(path) as temporary:
             temporary.write_text(f"# {self.stamp()}\n{body}", encoding="utf-8")
         decimals = f"{{:,.{digits}f}}".format
-        html = table.to_html(index=False, border=0, float_format=decimals)
+        html = html or table.to_html(index=False, border=0, float_format=decimals)
         text = table.to_string(index=False, float_format=decimals)
         display({"text/html": html, "text/plain": text}, raw=True)

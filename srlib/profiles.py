@@ -1,4 +1,7 @@
-"""The three sizes in which the collection runs. This is the one place that defines them."""
+"""The three sizes in which the collection runs. This is the one place that defines them.
+
+What a training is not told (`srlib.runs.RunConfig`, `python -m srlib train`) is that of `default`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ PROFILES = {
     profile.name: profile
     for profile in (
         Profile("smoke", "tiny", 8, 1, (40, 48, 40), 2e-3, 3),
-        Profile("default", "small", 1500, 2, (48, 64, 48), 2e-3, None),
+        Profile("default", "small", 600, 2, (48, 64, 48), 4e-3, None),
         Profile("full", "paper", 10_000, 2, (40, 56, 40), 1e-3, None),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -9,9 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
-from srlib.paths import ROOT
+from srlib.paths import ROOT, atomic_path
 from srlib.runs import device
 
 PACKAGES = ("torch", "monai", "numpy", "scipy", "pandas", "nibabel", "nilearn", "numba")
@@ -33,7 +35,8 @@ def device_name() -> str:
     """The device that is computed on: the GPU's name, or the processor's and the number of threads."""
     if device().type == "cuda":
         return torch.cuda.get_device_name(device())
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def cpu_name() -> str:
@@ -45,13 +48,18 @@ def cpu_name() -> str:
 
 
 def commit() -> tuple[str, bool]:
-    """The checkout's commit and whether tracked files differ from it; `unknown` without git."""
+    """The checkout's commit and whether tracked files, results apart, differ from it.
+
+    `$SRLIB_COMMIT` speaks for copies of a checkout on other machines; without it and git it is `unknown`.
+    """
+    if stated := os.environ.get("SRLIB_COMMIT"):
+        return stated, False
     try:
         head, changes = (
             subprocess.run(
                 ["git", "-C", ROOT, *command], capture_output=True, text=True, check=True
             ).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno", ":!results"))
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown", False
@@ -71,3 +79,11 @@ def describe() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "versions": versions(),
     }
+
+
+def write_table(table: pd.DataFrame, file: Path) -> None:
+    """Write a benchmark's table as CSV and, beside it as JSON, what it was made with."""
+    with atomic_path(file) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
+    with atomic_path(file.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(describe(), indent=1) + "\n")

@@ -4,10 +4,12 @@
 seeds. A machine with other rounding trains other weights, as another seed does; so what may differ,
 and by how much, is read off the spread between the seeds:
 
-    tolerance = SPREADS * sd,   sd = root mean square over a column of the cells' standard deviations
+    tolerance = SPREADS * sqrt(2) * sd,   sd = root mean square of the cells' standard deviations
 
-Cells are pooled by column because three values alone give a poor standard deviation. A number that
-is the same for every seed (a count, a shape) has to be the same again, up to rounding.
+(the difference of two such values spreads sqrt(2) times as much as one). Cells are pooled by column because
+three values alone give a poor standard deviation; where rows name a `metric`, by column and metric, since
+these have several units. A number that is the same for every seed (a count, a shape) has to be the same
+again, up to rounding; so does all that only seed 0 has, which is what notebooks write that know no seed.
 """
 
 from __future__ import annotations
@@ -21,20 +23,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from srlib.paths import REFERENCE, atomic_path, results_dir
+from srlib.paths import REFERENCE, atomic_folder, results_dir, slug
 
 SEEDS = (0, 1, 2)
-SPREADS = 4.0  # a normal value beyond four standard deviations is one in 16,000
+SPREADS = 4.0  # a normal difference beyond four standard deviations is one in 16,000
 ROUNDING = 1e-4  # relative; of floating-point numbers that no seed changes
 # Columns that a machine's speed or load decides are not compared.
 MACHINE = re.compile(
-    r"second|\(s\)|\(ms\)|\bms\b|time|memory|MB|GB|GiB|MiB|value|kB", re.IGNORECASE
+    r"seconds?\b|\btime\b|\((s|ms|kB|mWh|mg)\)|\bkB\b|^ns\b|(measured|allocated|reserved|process) \(GiB\)"
 )
 
 
 def folder(profile: str, dataset: str, seed: int) -> Path:
     """Where the reference tables of one seed are."""
-    return REFERENCE / profile / dataset / f"seed-{seed}"
+    return REFERENCE / profile / slug(dataset) / f"seed-{seed}"
 
 
 def exists(profile: str, dataset: str) -> bool:
@@ -65,7 +67,8 @@ def compare(profile: str, dataset: str, notebooks: Iterable[str]) -> pd.DataFram
     names = {file.name for root in (computed, references[0]) for file in root.glob("*.csv")}
     rows: list[dict] = []
     for name in sorted(name for name in names if name.startswith(numbers)):
-        rows += _compare_table(name, computed / name, [root / name for root in references])
+        others = [root / name for root in references[1:] if (root / name).is_file()]
+        rows += _compare_table(name, computed / name, [references[0] / name, *others])
     columns = ["table", "row", "column", "value", "reference", "tolerance", "agrees"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -95,16 +98,17 @@ def store(profile: str, dataset: str) -> None:
         if not (source / "manifest.json").is_file():
             raise FileNotFoundError(f"seed {seed} has not been computed: no manifest in {source}")
     for seed, source in sources.items():
-        target = folder(profile, dataset, seed)
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(source / "tables", target)
         manifest = json.loads((source / "manifest.json").read_text())
-        with atomic_path(target / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        target = folder(profile, dataset, seed)
+        with atomic_folder(target) as partial:
+            shutil.copytree(source / "tables", partial, dirs_exist_ok=True)
+            text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+            (partial / "manifest.json").write_text(text)
+            shutil.rmtree(target, ignore_errors=True)
 
 
 def _compare_table(name: str, computed: Path, references: Sequence[Path]) -> list[dict]:
-    """Rows of `compare` for one table."""
+    """Rows of `compare` for one table; the first reference is seed 0's, the others give the spread."""
     nothing = {"table": Path(name).stem, "row": 0, "value": np.nan, "reference": np.nan}
     if not computed.is_file() or not references[0].is_file():
         missing = "in this run" if not computed.is_file() else "in the reference"
@@ -118,11 +122,16 @@ def _compare_table(name: str, computed: Path, references: Sequence[Path]) -> lis
         if MACHINE.search(column):
             continue
         values = np.stack([other[column].to_numpy(float) for other in seeds])  # (seeds, rows)
-        spread = SPREADS * float(np.sqrt(np.nanmean(np.var(values, axis=0, ddof=1))))
+        spread = np.zeros(len(table))
+        if len(seeds) > 1:
+            variances = pd.Series(np.var(values, axis=0, ddof=1))
+            units = table["metric"] if "metric" in table else np.zeros(len(table))
+            pooled = variances.groupby(units).transform("mean").to_numpy()
+            spread = SPREADS * np.sqrt(2 * pooled)
         whole = all(pd.api.types.is_integer_dtype(other[column]) for other in (table, *seeds))
         for row, (value, expected) in enumerate(zip(table[column], values[0], strict=True)):
             rounding = 0.0 if whole else ROUNDING * abs(expected)
-            tolerance = max(spread, rounding)
+            tolerance = max(float(spread[row]), rounding)
             agrees = abs(value - expected) <= tolerance or (np.isnan(value) and np.isnan(expected))
             found = {"row": row, "column": column, "value": float(value), "reference": expected}
             rows.append({**nothing, **found, "tolerance": tolerance, "agrees": bool(agrees)})

@@ -1,7 +1,8 @@
 """A run is one training. It has an identity, a folder, and is never done twice.
 
 The identity hashes everything that the trained weights depend on: the configuration, the data, the sources from
-the network to the training loop, the kind of device and the number of threads (which sets the order of sums).
+the network to the training loop, the kind of device and the numbers of threads and of processes (which set the
+order of sums).
 """
 
 from __future__ import annotations
@@ -11,26 +12,37 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 
 from srlib import data, profiles
+from srlib.baselines import SMALL
 from srlib.model import FEATURES
-from srlib.paths import ROOT, runs_root
+from srlib.paths import runs_root, source_hash
 from srlib.scan import ORDERS
 
 SOURCES = (
     "model.py",
+    "segmamba.py",
+    "baselines.py",
     "recompute.py",
     "tom.py",
     "scan",
+    "images.py",
+    "layouts.py",
+    "registry.py",
+    "labels.py",
+    "plans.py",
     "datasets.py",
     "data.py",
     "cohort.py",
+    "cue.py",
     "train.py",
 )
+
+
+DEFAULT = profiles.get("default")
 
 
 @dataclass(frozen=True)
@@ -38,13 +50,13 @@ class RunConfig:
     """Everything that one training is asked to do.
 
     Attributes:
-        dataset: name in `srlib.data.REGISTRY`.
+        dataset: name in `srlib.data.REGISTRY`, or the whole path of a folder (`srlib.plans`).
         fold: which fold is held out.
         seed: of the initial weights and of every sample.
         steps: optimizer steps; the budget of a comparison.
-        model: size of the network, a name in `srlib.model.FEATURES`.
-        variant, tom, tom_residual, scan_orders, nslices: arguments of `SegResMamba`.
-        batch_size: patches a step.
+        model: size of SegResMamba, a name in `srlib.model.FEATURES`, or a peer, a name in `srlib.baselines.SMALL`.
+        variant, tom, tom_residual, scan_orders, nslices, recurrence, extra_conv, block: arguments of `SegResMamba`.
+        batch_size: patches a step, of all processes together.
         patch_size: voxels of a patch (D, H, W), also the window of inference.
         learning_rate: peak of the schedule.
         weight_decay: of AdamW.
@@ -57,16 +69,19 @@ class RunConfig:
     dataset: str
     fold: int = 0
     seed: int = 0
-    steps: int = 1500
-    model: str = "small"
+    steps: int = DEFAULT.steps
+    model: str = DEFAULT.model
     variant: str = "paper"
     tom: str | None = None
     tom_residual: bool = False
     scan_orders: tuple[str, ...] = ORDERS
     nslices: int | None = None
-    batch_size: int = 2
-    patch_size: tuple[int, int, int] = (48, 64, 48)
-    learning_rate: float = 2e-3
+    recurrence: bool = True
+    extra_conv: bool = True
+    block: str = "cmmb"
+    batch_size: int = DEFAULT.batch_size
+    patch_size: tuple[int, int, int] = DEFAULT.patch_size
+    learning_rate: float = DEFAULT.learning_rate
     weight_decay: float = 1e-2
     warmup: int = 50
     augment: bool = True
@@ -74,8 +89,9 @@ class RunConfig:
     test_cases: int | None = None
 
     def __post_init__(self) -> None:
-        if self.model not in FEATURES:
-            raise ValueError(f"model {self.model!r} is not one of {', '.join(FEATURES)}")
+        if self.model not in (*FEATURES, *SMALL):
+            names = ", ".join((*FEATURES, *SMALL))
+            raise ValueError(f"model {self.model!r} is not one of {names}")
         for name in ("steps", "batch_size", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -88,17 +104,32 @@ class RunConfig:
 def config_for(
     profile: str, dataset: str, fold: int = 0, seed: int = 0, **overrides: object
 ) -> RunConfig:
-    """The run that a profile trains on a data set; `overrides` replace single settings."""
-    chosen = dataclasses.asdict(profiles.get(profile))
+    """The run that a profile trains on a data set; `overrides` replace single settings.
+
+    A folder's patches are those of its plan, but for the smoke profile.
+    """
+    chosen, entry = dataclasses.asdict(profiles.get(profile)), data.get(dataset)
+    if entry.patch_size and profile != "smoke":
+        chosen["patch_size"] = entry.patch_size
     del chosen["name"]
     settings = {"warmup": max(1, min(50, chosen["steps"] // 10)), **chosen, **overrides}
-    return RunConfig(dataset=dataset, fold=fold, seed=seed, **settings)
+    return RunConfig(dataset=entry.name, fold=fold, seed=seed, **settings)
 
 
 def device() -> torch.device:
     """`$SRLIB_DEVICE`, else the first CUDA device, else the CPU."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(os.environ.get("SRLIB_DEVICE") or default)
+
+
+def processes() -> int:
+    """How many processes train one run together: as many as torchrun started, else 1."""
+    return int(os.environ["WORLD_SIZE"]) if torch.distributed.is_torchelastic_launched() else 1
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes; the others of torchrun only compute."""
+    return processes() == 1 or os.environ["RANK"] == "0"
 
 
 def run_id(config: RunConfig) -> str:
@@ -109,6 +140,7 @@ def run_id(config: RunConfig) -> str:
         "sources": source_hash(SOURCES),
         "device": device().type,
         "threads": torch.get_num_threads(),
+        "processes": processes(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -121,15 +153,3 @@ def run_dir(config: RunConfig) -> Path:
 def is_done(config: RunConfig) -> bool:
     """Whether the run's training has finished here."""
     return (run_dir(config) / "run.json").is_file()
-
-
-@cache
-def source_hash(names: tuple[str, ...]) -> str:
-    """Hash of source files and folders of `srlib`, by name and content."""
-    package = ROOT / "srlib"
-    files = [package / name for name in names]
-    files = [f for path in files for f in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]

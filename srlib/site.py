@@ -36,6 +36,10 @@ main .jp-Cell .jp-RenderedHTMLCommon a { text-decoration: underline; }
 </style>
 {% endblock %}
 """
+README_FIGURES = ("00-real-case", "04-equal-steps", "06-cue-accuracy", "05-parts")  # in this order
+README_PIXELS = (1400, 1400)  # at most, across and down
+CLAIMS_START = "<!-- claims: written by python -m srlib claims --write-readme -->"
+CLAIMS_END = "<!-- end of claims -->"
 CLAIMS = "tables/07-claims.csv"  # the verdicts, which the notebook about the claims writes
 
 
@@ -53,6 +57,19 @@ def with_alt_text(notebook: Any) -> Any:
     return notebook
 
 
+def store_figures(results: Path, target: Path) -> list[str]:
+    """Copy those of the README's figures that a results folder has, made smaller; returns their names."""
+    found = [name for name in README_FIGURES if (results / "figures" / f"{name}.png").is_file()]
+    for name in found:
+        with (
+            Image.open(results / "figures" / f"{name}.png") as image,
+            atomic_path(target / f"{name}.png") as temporary,
+        ):
+            image.thumbnail(README_PIXELS)
+            image.convert("RGB").quantize(256).save(temporary, optimize=True)
+    return found
+
+
 def write_page(executed: Path) -> None:
     """Write an executed notebook as an HTML page beside it that needs no other file."""
     from nbconvert import HTMLExporter
@@ -60,7 +77,8 @@ def write_page(executed: Path) -> None:
     resources = {"metadata": {"name": executed.stem}}
     notebook = with_alt_text(nbformat.read(executed, as_version=4))
     html, _ = HTMLExporter(raw_template=PAGE).from_notebook_node(notebook, resources)
-    html = re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', html)  # page links to page
+    # Page links to page; all of them are in one folder, the solutions' too.
+    html = re.sub(r'href="(?:\.\./)?(\d\d_\w+)\.ipynb', r'href="\1.html', html)
     html = html.replace("<th></th>", "<td></td>")  # the corner of pandas' tables heads nothing
     with atomic_path(executed.with_suffix(".html")) as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -93,6 +111,15 @@ def write_index(results: Path, manifest: Mapping[str, Any]) -> Path:
     with atomic_path(results / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return results / "index.html"
+
+
+def with_claims(readme: str, claims: pd.DataFrame) -> str:
+    """A README's text with a table of claims between its markers, without the columns that take much room."""
+    shown = claims[["claim", "verdict", "published", "measured here"]]
+    lines = [[*shown], ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    before, rest = readme.split(CLAIMS_START)
+    return f"{before}{CLAIMS_START}\n\n{table}\n\n{CLAIMS_END}{rest.split(CLAIMS_END)[1]}"
 
 
 def duration(seconds: float) -> str:

@@ -32,6 +32,7 @@ from srlib.scan import ORDERS, mamba_mixer
 
 # Suffix of each order's own parameters in the published layout.
 SUFFIXES = {"forward": "", "reverse": "_b", "inter_slice": "_s"}
+FORGET = -1e30  # exp(delta * FORGET) is 0 for every step size, so nothing of the state is kept
 
 
 class TriOrientedMamba(nn.Module):
@@ -47,6 +48,8 @@ class TriOrientedMamba(nn.Module):
         expand: inner width as a multiple of `d_model`.
         nslices: fixes the number of slices; `None` takes the depth of each feature map.
         scan_orders: which orders run, a non-empty subset of forward, reverse and inter_slice.
+        recurrence: False forgets the state at each token: a control with ToM's arithmetic and all of its
+            parameters but A, for which nothing is left to do. What remains mixes `d_conv` neighbours.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class TriOrientedMamba(nn.Module):
         expand: int = 2,
         nslices: int | None = None,
         scan_orders: Sequence[str] = ORDERS,
+        recurrence: bool = True,
     ) -> None:
         super().__init__()
         unknown = [order for order in scan_orders if order not in ORDERS]
@@ -66,6 +70,7 @@ class TriOrientedMamba(nn.Module):
             )
         self.scan_orders = tuple(scan_orders)
         self.nslices = nslices
+        self.recurrence = recurrence
         self.d_state = d_state
         self.d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
@@ -85,11 +90,12 @@ class TriOrientedMamba(nn.Module):
         with torch.no_grad():  # softplus(bias) is log-uniform in [1e-3, 1e-1]
             step = torch.exp(torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1)))
             dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
-        decay = torch.arange(1, states + 1, dtype=torch.float32).repeat(width, 1)
         self.add_module(f"conv1d{suffix}", conv1d)
         self.add_module(f"x_proj{suffix}", x_proj)
         self.add_module(f"dt_proj{suffix}", dt_proj)
-        self.register_parameter(f"A{suffix}_log", nn.Parameter(torch.log(decay)))  # A = -exp(A_log)
+        if self.recurrence:
+            decay = torch.arange(1, states + 1, dtype=torch.float32).repeat(width, 1)
+            self.register_parameter(f"A{suffix}_log", nn.Parameter(torch.log(decay)))
         self.register_parameter(f"D{suffix}", nn.Parameter(torch.ones(width)))
 
     def forward(self, tokens: Tensor, depth: int) -> Tensor:
@@ -117,11 +123,17 @@ class TriOrientedMamba(nn.Module):
             x_proj=x_proj.weight,
             dt_proj=dt_proj.weight,
             dt_bias=dt_proj.bias,
-            A=-torch.exp(self.get_parameter(f"A{suffix}_log")),
+            A=self._decay(suffix, x),
             D=self.get_parameter(f"D{suffix}"),
             order=order,
             nslices=nslices,
         )
+
+    def _decay(self, suffix: str, x: Tensor) -> Tensor:
+        """A (E, N) of one order: negative, the rate at which the state is forgotten."""
+        if self.recurrence:
+            return -torch.exp(self.get_parameter(f"A{suffix}_log"))
+        return x.new_full((self.d_inner, self.d_state), FORGET, dtype=torch.float32)
 
     def _gated_projection(self, tokens: Tensor, into_z: Tensor, y: Tensor) -> Tensor:
         z = F.linear(tokens, into_z)  # (B, L, E)

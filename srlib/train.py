@@ -2,30 +2,47 @@
 
 Every sample is a function of (seed, step, index) and the learning rate a function of the step, so a run that was
 interrupted and resumed computes the same weights as one that was not, bit for bit on the CPU.
+
+Under torchrun the processes share each batch. As many samples each, loss and gradients of the batch are the means of
+theirs; nothing in the networks or the loss looks across samples.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import multiprocessing
+import os
 import platform
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
-from monai.losses import DiceCELoss
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from lightning_fabric.strategies import DDPStrategy
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from srlib import data
+from srlib import data, labels
+from srlib.baselines import SMALL, build
+from srlib.checkpoints import Trained, load_state, load_trained, save_state, save_trained
 from srlib.model import FEATURES, SegResMamba
-from srlib.paths import atomic_path
-from srlib.runs import RunConfig, device, is_done, run_dir, run_id
+from srlib.paths import atomic_path, locked, remove_temporaries
+from srlib.runs import (
+    RunConfig,
+    device,
+    is_done,
+    is_first_process,
+    processes,
+    run_dir,
+    run_id,
+)
 
 HISTORY = ("step", "loss", "learning_rate", "seconds")
 
@@ -39,19 +56,29 @@ class TrainResult:
     history: pd.DataFrame
 
 
-def build_model(config: RunConfig) -> SegResMamba:
-    """The untrained network of a run, with weights that only its seed decides."""
-    dataset = data.get(config.dataset)
+def build_model(config: RunConfig, entry: data.Dataset | None = None) -> nn.Module:
+    """The untrained network of a run, with weights that only its seed decides.
+
+    Args:
+        config: of the run.
+        entry: its data set's; `None` looks it up.
+    """
+    dataset = entry or data.get(config.dataset)
+    channels = dataset.in_channels, dataset.out_channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
+        if config.model in SMALL:
+            return build(config.model, *channels, config.patch_size, SMALL)
         return SegResMamba(
-            dataset.in_channels,
-            dataset.out_channels,
+            *channels,
             FEATURES[config.model],
             nslices=config.nslices,
             tom=config.tom,
             tom_residual=config.tom_residual,
             scan_orders=config.scan_orders,
+            recurrence=config.recurrence,
+            extra_conv=config.extra_conv,
+            block=config.block,
             variant=config.variant,
         )
 
@@ -69,46 +96,87 @@ def train(
 ) -> TrainResult:
     """Train a run, or resume it, or read it when it is done.
 
+    One process trains a run; another one that is asked for it waits and reads what the first one wrote.
+
     Args:
         config: what to train.
         progress: show a bar with loss and remaining time; `None` shows it in a terminal only.
         checkpoint_seconds: how often the state is saved, so that a crash costs at most this much.
 
     Raises:
+        ValueError: when the processes of torchrun cannot share a batch equally.
         srlib.data.DataError: before anything is computed, when a case cannot be trained on.
+        srlib.checkpoints.CheckpointError: the state to resume from is broken or another run's.
+        OSError: nothing can be written, as on a full disk; what was written before stays.
+        FloatingPointError: the training diverged; the state before stays.
     """
+    if config.batch_size % processes():
+        raise ValueError(
+            f"batch_size {config.batch_size} cannot be shared equally by {processes()} processes"
+        )
     folder = run_dir(config)
     if not is_done(config):
-        data.check(config.dataset)
-        _train(config, folder, progress, checkpoint_seconds)
+        fabric = launch(config)
+        with fabric.rank_zero_first():  # the others find the cases checked
+            data.check(config.dataset, config.fold)
+        with locked(folder) if is_first_process() else nullcontext():
+            if not fabric.broadcast(is_done(config)):
+                _train(fabric, config, folder, progress, checkpoint_seconds)
     return TrainResult(folder, load_model(config), pd.read_csv(folder / "history.csv"))
 
 
-def load_model(config: RunConfig) -> SegResMamba:
-    """The trained network of a finished run, in eval mode on the run's device."""
+def load_model(config: RunConfig) -> nn.Module:
+    """The trained network of a finished run, as `restore` gives it."""
     if not is_done(config):
         raise FileNotFoundError(f"run {run_id(config)} is not trained here: {run_dir(config)}")
-    model = build_model(config)
-    model.load_state_dict(load_file(run_dir(config) / "model.safetensors"))
-    return model.to(device()).eval()
+    return restore(load_trained(run_dir(config)))
 
 
-def _train(config: RunConfig, folder: Path, progress: bool | None, interval: float) -> None:
-    fabric = Fabric(accelerator=device().type, devices=1, precision=config.precision)  # type: ignore[arg-type]
+def restore(trained: Trained) -> nn.Module:
+    """A trained network from what its file holds, in eval mode on this machine's device.
+
+    Its largest output is the label, also where it was trained on overlapping regions.
+    """
+    model = build_model(trained.config, trained.entry)
+    model.load_state_dict(trained.weights)
+    return labels.scoring(model, trained.entry).to(device()).eval()
+
+
+def launch(config: RunConfig) -> Fabric:
+    """The run's device or, under torchrun, those of its processes."""
+    used = device()
+    where: dict[str, Any] = {"devices": 1 if used.index is None else [used.index]}
+    if processes() > 1:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        # A static graph may hold parameters without a gradient, as UNETR's does.
+        strategy = DDPStrategy(static_graph=True)
+        where = {"devices": local, "num_nodes": processes() // local, "strategy": strategy}
+    fabric = Fabric(accelerator=used.type, precision=config.precision, **where)  # type: ignore[arg-type]
+    fabric.launch()
+    return fabric
+
+
+def _train(
+    fabric: Fabric, config: RunConfig, folder: Path, progress: bool | None, interval: float
+) -> None:
+    if fabric.is_global_zero:
+        remove_temporaries(folder)
     network = build_model(config)
     adamw = torch.optim.AdamW(network.parameters(), weight_decay=config.weight_decay, fused=True)
-    history = _load_checkpoint(folder / "checkpoint.pt", network, adamw)
     model, optimizer = fabric.setup(network, adamw)
-    loss_function = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
+    history = _load_checkpoint(fabric, config, folder / "checkpoint.pt", network, adamw)
+    loss_function = labels.loss_function(data.get(config.dataset))
 
     first_step = len(history)
-    loader = fabric.setup_dataloaders(_batches(config, first_step))
+    with fabric.rank_zero_first():  # the others find the cases preprocessed
+        batches = _batches(config, first_step, fabric.global_rank)
+    loader = fabric.setup_dataloaders(batches, use_distributed_sampler=False)
     bar = tqdm(
         loader,
         desc=f"training {run_id(config)}",
         initial=first_step,
         total=config.steps,
-        disable=None if progress is None else not progress,
+        disable=not fabric.is_global_zero or (None if progress is None else not progress),
     )
     model.train()
     start = time.perf_counter() - (history[-1][3] if history else 0.0)
@@ -121,17 +189,36 @@ def _train(config: RunConfig, folder: Path, progress: bool | None, interval: flo
         fabric.backward(loss)
         optimizer.step()
 
+        mean: Any = fabric.all_reduce(loss.detach(), reduce_op="mean")  # of the processes
+        of_batch = float(mean)
+        _check_finite(config, step, math.isfinite(of_batch))
         now = time.perf_counter()
-        history.append((step, loss.item(), learning_rate(config, step), now - start))
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if now - saved > interval:
-            _save_checkpoint(folder / "checkpoint.pt", network, adamw, history)
+        history.append((step, of_batch, learning_rate(config, step), now - start))
+        bar.set_postfix(loss=f"{of_batch:.3f}", refresh=False)
+        if fabric.is_global_zero and now - saved > interval:
+            _check_finite(config, step, _has_finite_weights(network))
+            _save_checkpoint(config, folder / "checkpoint.pt", network, adamw, history)
             saved = now
-    _save_result(config, folder, network, history)
+    if fabric.is_global_zero:
+        _check_finite(config, config.steps - 1, _has_finite_weights(network))
+        _save_result(config, folder, network, history)
+    fabric.barrier()  # what comes next reads it
 
 
-def _batches(config: RunConfig, first_step: int) -> DataLoader:
-    """Batches of the remaining steps, in order; each sample knows its own step."""
+def _check_finite(config: RunConfig, step: int, finite: bool) -> None:
+    if not finite:
+        raise FloatingPointError(
+            f"step {step}: loss or weights are no finite numbers any more, and nothing more is saved;"
+            f" try a lower learning rate than {config.learning_rate:g}"
+        )
+
+
+def _has_finite_weights(network: nn.Module) -> bool:
+    return all(bool(weight.isfinite().all()) for weight in network.parameters())
+
+
+def _batches(config: RunConfig, first_step: int, rank: int) -> DataLoader:
+    """This process's share of the remaining batches, in order; each sample knows its own step."""
     samples = data.TrainingSamples(
         config.dataset,
         data.split(config.dataset, config.fold).train,
@@ -142,26 +229,45 @@ def _batches(config: RunConfig, first_step: int) -> DataLoader:
         augment=config.augment,
         first_step=first_step,
     )
-    return DataLoader(samples, batch_size=config.batch_size)
+    share = config.batch_size // processes()
+    starts = range(rank * share, len(samples), config.batch_size)
+    batches = [list(range(start, start + share)) for start in starts]
+    return DataLoader(samples, batch_sampler=batches, num_workers=_loading_processes())
+
+
+def _loading_processes() -> int:
+    """How many processes prepare samples beside a GPU; on the CPU the training itself needs the cores."""
+    is_daemon = multiprocessing.current_process().daemon  # as Dask's workers; they may start none
+    return 0 if device().type == "cpu" or is_daemon else min(4, os.cpu_count() or 1)
 
 
 def _save_checkpoint(
-    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, history: list[tuple]
+    config: RunConfig,
+    path: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: list[tuple],
 ) -> None:
     state = {
         "model": network.state_dict(),
         "optimizer": optimizer.state_dict(),
         "history": torch.tensor(history, dtype=torch.float64),
     }
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    save_state(path, config, state)
 
 
-def _load_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> list:
+def _load_checkpoint(
+    fabric: Fabric,
+    config: RunConfig,
+    path: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> list:
     """Restore the state of an interrupted run; returns its history, empty for a new run."""
-    if not path.is_file():
+    found = fabric.is_global_zero and path.is_file()
+    state = fabric.broadcast(load_state(path, config) if found else None)
+    if state is None:
         return []
-    state = torch.load(path, map_location="cpu", weights_only=True)
     network.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return [tuple(row) for row in state["history"].tolist()]
@@ -172,9 +278,8 @@ def _save_result(config: RunConfig, folder: Path, network: nn.Module, history: l
     table = pd.DataFrame(history, columns=list(HISTORY)).astype({"step": int})
     with atomic_path(folder / "history.csv") as temporary:
         table.to_csv(temporary, index=False)
-    weights: dict[str, Tensor] = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file(weights, temporary, metadata={"config": config.to_json()})
+    trained = Trained(config, data.get(config.dataset), network.state_dict())
+    save_trained(folder / "model.safetensors", trained)
     record = {
         "run": run_id(config),
         "config": dataclasses.asdict(config),
@@ -182,6 +287,7 @@ def _save_result(config: RunConfig, folder: Path, network: nn.Module, history: l
         "device": device().type,
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": processes(),
         "torch": torch.__version__,
         "training_seconds": history[-1][3],
     }

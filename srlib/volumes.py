@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from mpl_toolkits.mplot3d import Axes3D
@@ -77,7 +78,8 @@ def tiles(
         labels = np.zeros(np.shape(item.image)) if item.labels is None else item.labels
         at = fullest(labels)[cut] if item.at is None else item.at
         _draw_image(axis, item.image, cut, at, spacing, full_window(item.image))
-        _draw_labels(axis, labels, cut, at, spacing, range(len(classes)), filled=item.filled)
+        style = {"filled": True} if item.filled else {"linewidths": 1.5 if columns <= 4 else 1}
+        _draw_labels(axis, labels, cut, at, spacing, range(len(classes)), **style)
         axis.set(title=item.title)
         axis.axison = ruled
     figure.legend(handles=_key(classes), loc="outside upper center", ncols=len(classes))
@@ -208,6 +210,41 @@ def gallery(
     return tiles(items, [*classes, "reference and prediction differ"], spacing, columns=4)
 
 
+def surface_map(image: ArrayLike, distances: ArrayLike, spacing: Sequence[float]) -> Figure:
+    """A predicted surface in three planes through its worst voxel, coloured by its distance from the reference's.
+
+    The image is dimmed: a surface voxel without an error is almost white.
+
+    Args:
+        image: (D, H, W).
+        distances: (D, H, W) in mm, NaN off the surface, as from `srlib.evaluate.surface_distances`.
+        spacing: of the voxels, in mm.
+    """
+    values = np.asarray(distances)
+    furthest = np.nanmax(np.abs(values))
+    at = [int(i) for i in np.unravel_index(np.nanargmax(np.abs(values)), values.shape)]
+    reach = max(float(furthest), min(spacing))  # a perfect surface has a scale, too
+    width, level = full_window(image)
+    dim = 2.5 * width, level + 0.75 * width  # as dark at its lower end, grey at its upper one
+    figure, axes = subplots(1, 3, height=3.3)
+    for axis, (plane, cut) in zip(axes, PLANES.items(), strict=True):
+        _draw_image(axis, image, cut, at[cut], spacing, dim)
+        box = (*axis.get_xlim(), *axis.get_ylim())
+        drawn = axis.imshow(
+            np.take(values, at[cut], axis=cut).T,
+            origin="lower",
+            extent=box,
+            cmap="PuOr_r",
+            norm=Normalize(-reach, reach),
+        )
+        axis.set(title=f"{plane} slice {at[cut]}")
+        axis.locator_params(nbins=4)
+    figure.colorbar(
+        drawn, ax=axes, label="mm, inside (-) or outside (+)", location="bottom", shrink=0.5
+    )
+    return figure
+
+
 def scan_paths(shape: Sequence[int], orders: Mapping[str, ArrayLike]) -> Figure:
     """Scan orders as paths through a small grid of voxels, from dark to light; jumps are dashed.
 
@@ -287,7 +324,7 @@ def _draw_path(
     axis.scatter(*points.T, color="#BBBBBB", s=8, depthshade=False)
     axis.set(xlabel="D", ylabel="H", zlabel="W")
     axis.set(xticks=range(shape[0]), yticks=range(shape[1]), zticks=range(shape[2]))
-    axis.set_box_aspect(tuple(shape), zoom=0.95)
+    axis.set_box_aspect(tuple(shape), zoom=1.15)
     for ruler in (axis.xaxis, axis.yaxis, axis.zaxis):
         ruler.set_tick_params(pad=-3)
         ruler.labelpad = -7

@@ -4,13 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from srlib.baselines import GSC, PEERS, Padded, SegMamba, build, with_checkpoints
+from srlib.baselines import PEERS, SMALL, Padded, SegMamba, build, with_checkpoints
+from srlib.model import FEATURES, SegResMamba
 from srlib.profiling import published
+from srlib.segmamba import GSC
 from srlib.tom import ToMLayer
 
 # Registered and never used: a norm of UNETR's transformer, ResEnc's heads for deep supervision.
 UNUSED = {"unetr": 18_432, "nnunet_resenc": 10_808}
+UNUSED_SMALL = {"unetr": 384 * 12}
 
 
 def peer(name: str, size: int | tuple[int, ...] = 128, device: str = "meta") -> nn.Module:
@@ -57,6 +61,23 @@ def test_padding_is_cropped_again():
     assert torch.equal(Padded(inner, 4)(image), image)
     assert seen[0].shape[2:] == (4, 8, 8)
     assert seen[0].sum() == image.sum()  # padded by zeros
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_peers_have_small_s_arithmetic(name):
+    registered = sum(p.numel() for p in build(name, 1, 14, 128, SMALL).parameters())
+    assert registered == SMALL[name].parameters + UNUSED_SMALL.get(name, 0)
+    size = (48, 64, 48)
+    ratio = macs(build(name, 1, 3, size, SMALL), size) / macs(
+        SegResMamba(1, 3, FEATURES["small"]), size
+    )
+    assert ratio == pytest.approx(1, abs=0.1) or (name == "swin_unetr" and 4 < ratio < 5)
+
+
+def macs(network: nn.Module, size: tuple[int, int, int]) -> float:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 1, *size))
+    return counter.get_total_flops() / 2
 
 
 def test_gsc_is_its_formula():

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -56,8 +58,8 @@ def test_data_check_passes_the_embedded_cohort():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("data", "check", "brats"), "unknown data set 'brats'"),
-        (("data", "get", "brats"), "unknown data set 'brats'"),
+        (("data", "check", "spine"), "unknown data set 'spine'"),
+        (("data", "get", "spine"), "unknown data set 'spine'"),
         (("collection", "--profile", "fast"), "'fast' is not one of smoke, default, full"),
         (("collection", "--only", "77"), "'77' is not one of "),
     ],
@@ -77,7 +79,7 @@ def test_run_all_help_names_every_option_and_command_without_an_environment(tmp_
     assert result.returncode == 0
     commands = typer.main.get_command(__main__.app).commands
     options = {option for p in commands["collection"].params for option in p.opts}
-    for name in (*options, "test", "lab", "info", "data"):
+    for name in (*options, "test", "lab", "info", "data", "train", "evaluate", "predict"):
         assert name in result.stdout
     assert not (paths.ROOT / ".venv" / "none").exists()
 
@@ -151,3 +153,45 @@ def test_run_all_makes_an_environment_again_that_was_not_finished(bare_machine):
     root, run = bare_machine
     (root / ".venv" / "bin").mkdir(parents=True)
     assert len(run()[0]) == 3
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "info", "data"])
+def test_help_has_an_example(command):
+    result = invoke(command, "-h")
+    assert result.exit_code == 0
+    assert "Example" in result.output
+
+
+def test_train_evaluate_predict_and_info_in_a_row(tmp_path, monkeypatch):
+    """The trained network's file is all that prediction needs: no data set, no results."""
+    monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path))
+    small = ("--model", "tiny", "--steps", "2", "--batch-size", "1", "--patch", "40", "48", "40")
+    result = invoke("train", *small)
+    assert result.exit_code == 0, result.output
+    (run,) = tmp_path.glob("runs/*")
+    assert f"run: {run}\n" in result.output
+    assert f"trained: {run / 'model.safetensors'}\n" in result.output
+
+    monkeypatch.setattr("srlib.evaluate.test_cases", lambda config: ["virtual_25"])
+    result = invoke("evaluate", str(run))
+    assert result.exit_code == 0, result.output
+    assert "mni152, fold 0: 1 held-out cases" in result.output
+    assert "grey matter" in result.output
+    assert (run / "metrics.csv").is_file()
+
+    moved = (run / "model.safetensors").rename(tmp_path / "network.safetensors")
+    scan = data.cases("mni152")[24].image
+    monkeypatch.setenv("SRLIB_CACHE", str(tmp_path / "no cache"))
+    told = invoke("info", str(moved)).output
+    assert "spacing         (3.0, 3.0, 3.0)\n" in told
+    assert "patch_size      (40, 48, 40)\n" in told
+    bad = tmp_path / "bad.nii"
+    bad.write_text("not a scan")
+    result = invoke("predict", str(moved), str(bad), str(scan), "--out", str(tmp_path / "masks"))
+    assert result.exit_code == 1
+    assert f"{bad}: cannot be read" in result.stderr
+    assert result.stderr.endswith("1 of 2 cases could not be segmented\n")
+    mask = nib.load(tmp_path / "masks" / scan.name)
+    expected = nib.load(run / "predictions" / scan.name)
+    np.testing.assert_array_equal(mask.get_fdata(), expected.get_fdata())
+    assert not (tmp_path / "no cache").exists()

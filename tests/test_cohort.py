@@ -65,10 +65,12 @@ def test_deformations_are_one_to_one():
         assert np.linalg.det(np.moveaxis(jacobian, (0, 1), (-2, -1))).min() > 0
 
 
-def test_fingerprint_is_of_the_recipe():
+def test_fingerprint_is_of_the_recipe(monkeypatch):
     assert cohort.fingerprint(COARSE) == cohort.fingerprint(dataclasses.replace(COARSE))
     changed = [dataclasses.replace(COARSE, noise=(0.0, 0.1)), dataclasses.replace(COARSE, seed=1)]
     assert len({cohort.fingerprint(recipe) for recipe in (COARSE, RECIPE, *changed)}) == 4
+    monkeypatch.setattr(cohort, "files", None)  # the template is not read again
+    cohort.fingerprint(RECIPE)
 
 
 def test_build_writes_the_decathlons_layout_without_a_network(tmp_path, monkeypatch, subjects):

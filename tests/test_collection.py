@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from srlib import collection, paths
+from srlib import collection, data, paths
 
 ROOT = paths.ROOT
 PARAMETERS = 'PROFILE = "default"\nDATASET = "mni152"\nINTERACTIVE = True'
@@ -127,6 +127,23 @@ def test_only_what_changed_is_computed_again(notebooks, tmp_path, capsys):
     assert run() == {"01_second"}
     tables = tmp_path / "results/smoke/mni152/tables"
     assert [table.name for table in tables.iterdir()] == ["one.csv"]
+
+
+def test_a_stamp_knows_the_reference_s_networks_and_which_data_sets_are_here(
+    notebooks, tmp_path, monkeypatch
+):
+    """00 shows both."""
+    notebook = write_notebook(notebooks, "00_first")
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+    (tmp_path / "reference" / "mni152").mkdir(parents=True)
+    stamps = [collection.stamp(plan(notebooks), notebook)]
+    for name in ("tiny.safetensors", "tiny.md"):
+        (tmp_path / "reference" / "mni152" / name).touch()
+        stamps.append(collection.stamp(plan(notebooks), notebook))
+    for here in ([], ["hippocampus"]):
+        monkeypatch.setattr(data, "present", lambda here=here: here)
+        stamps.append(collection.stamp(plan(notebooks), notebook))
+    assert len(set(stamps)) >= 4
 
 
 def test_a_failing_notebook_stops_the_run_and_is_named(notebooks, tmp_path, capsys):
@@ -259,6 +276,27 @@ def test_store_outputs_copies_outputs_and_nothing_else(notebooks):
     assert set(stored.metadata) == {"kernelspec", "language_info"}
     # Storing outputs does not make the notebook look changed.
     assert collection.is_current(plan(notebooks), source)
+
+
+def test_store_outputs_executes_the_solutions_when_what_they_solve_has_changed(notebooks, capsys):
+    (notebooks / "solutions").mkdir()
+    write_notebook(notebooks, "00_first", "6 * 7")
+    write_notebook(notebooks, "01_second", "1 + 1")
+    source = write_notebook(notebooks / "solutions", "00_first_solutions", "print('solved')")
+
+    def executed():
+        collection.run(plan(notebooks, "00"))
+        assert "solutions" not in capsys.readouterr().out
+        collection.store_outputs(plan(notebooks, "00"))
+        return states(capsys.readouterr().out)["00_first_solutions"] != "unchanged"
+
+    assert executed()
+    stored = nbformat.read(source, as_version=4)
+    assert [cell.get("execution_count") for cell in stored.cells] == [None, 1, 2]
+    assert stored.cells[2].outputs[0].text == "solved\n"
+    assert not executed()
+    write_notebook(notebooks, "00_first", "6 * 9")
+    assert executed()
 
 
 def test_store_outputs_refuses_paths_of_this_machine(notebooks):

@@ -16,7 +16,7 @@ from monai.apps import DecathlonDataset
 from safetensors.torch import load_file
 from scipy.ndimage import affine_transform
 
-from srlib import cohort, data, datasets
+from srlib import cohort, data, datasets, images
 from srlib.paths import data_roots
 
 PATCH = (16, 24, 20)
@@ -74,9 +74,9 @@ def test_entries_are_whole():
     for name, entry in data.REGISTRY.items():
         assert data.get(name) is entry
         assert entry.name == name
-        assert entry.in_channels == 1
-        assert entry.out_channels == 3
-        assert entry.nsd_tolerance == entry.spacing[0]
+        assert entry.in_channels == len(entry.normalisation)
+        assert entry.out_channels == len(entry.classes) + (name != "brats")
+        assert entry.nsd_tolerance == max(entry.spacing)
         assert set(entry.flip_axes) <= {0, 1, 2}
         assert entry.virtual == ("virtual" in entry.title.lower())
         assert all((entry.licence, entry.citation, entry.source, entry.how_to_get))
@@ -92,6 +92,10 @@ def test_a_missing_data_set_says_where_it_was_looked_for_and_how_to_get_it(place
         data.find("hippocampus")
     assert str(places / "data" / "Task04_Hippocampus") in str(caught.value)
     assert "python -m srlib data get hippocampus" in str(caught.value)
+
+
+def test_present_are_data_sets_with_files(task):
+    assert data.present() == ["hippocampus"]
 
 
 def test_the_first_data_root_wins(task, places, monkeypatch):
@@ -168,7 +172,7 @@ def _put(value, kind=None):
 
 
 FAULTS = {
-    "missing": ("image", lambda path: path.unlink(), "cannot be read"),
+    "missing": ("image", lambda path: path.unlink(), "no such file"),
     "truncated": ("image", lambda p: p.write_bytes(p.read_bytes()[:2000]), "cannot be read"),
     "not gzip": ("label", lambda path: path.write_bytes(b"no image" * 99), "cannot be read"),
     "empty file": ("label", lambda path: path.write_bytes(b""), "cannot be read"),
@@ -228,7 +232,7 @@ def _no_reading(*args):
 def test_success_is_remembered_until_a_file_changes(task, monkeypatch):
     data.check("hippocampus")
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_decode", _no_reading)
+        patch.setattr(images, "read", _no_reading)
         data.check("hippocampus")
     _rewrite(task / "labelsTr" / "case_0.nii.gz", _put(9))
     for _ in range(2):  # a failure is never remembered
@@ -250,7 +254,7 @@ def test_fingerprint_is_of_the_voxels_not_of_the_files(task, monkeypatch):
         nib.save(nib.Nifti1Image(np.asarray(nifti.dataobj), nifti.affine, nifti.header), path)
     assert data.fingerprint("hippocampus") == before
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_decode", _no_reading)
+        patch.setattr(images, "read", _no_reading)
         assert data.fingerprint("hippocampus") == before
     _rewrite(task / "imagesTr" / "case_0.nii.gz", _put(0))
     assert data.fingerprint("hippocampus") != before
@@ -268,7 +272,7 @@ def test_summary_has_sizes_intensities_and_volumes(task, monkeypatch):
     assert row["anterior (ml)"] == pytest.approx(6 * 6 * 6 / 1000)
     assert row["posterior (ml)"] == pytest.approx(6 * 5 * 6 / 1000)
     assert row["intensity_max"] == pytest.approx(nib.load(path).get_fdata().max(), rel=1e-6)
-    monkeypatch.setattr(data, "_decode", _no_reading)
+    monkeypatch.setattr(images, "read", _no_reading)
     assert data.summary("hippocampus").set_index("case").equals(table)
 
 
@@ -331,10 +335,18 @@ def test_a_case_is_preprocessed_once_and_again_when_its_file_changed(task, place
     assert len(files) == 1
     assert set(load_file(files[0])) == {"image", "label", "affine"}
     with monkeypatch.context() as patch:
-        patch.setattr(data, "normalise", _no_reading)
+        patch.setattr(images, "prepare", _no_reading)
         data.load_case("hippocampus", "case_0")
     _rewrite(task / "labelsTr" / "case_0.nii.gz", _put(2))
     assert data.load_case("hippocampus", "case_0")["label"][0, 1, 2, 3] == 2
+
+
+def test_what_is_cached_is_made_again_when_its_code_changed(task, monkeypatch):
+    data.load_case("hippocampus", "case_0")
+    monkeypatch.setattr(data, "source_hash", lambda names: "other sources")
+    monkeypatch.setattr(images, "prepare", _no_reading)
+    with pytest.raises(AssertionError, match="read again"):
+        data.load_case("hippocampus", "case_0")
 
 
 def test_preprocessing_does_not_depend_on_the_number_of_threads(task, places, monkeypatch):

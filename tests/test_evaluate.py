@@ -3,11 +3,13 @@
 import dataclasses
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from srlib import data, evaluate, runs, train
+from srlib.checkpoints import load_trained, save_trained
 from srlib.runs import RunConfig
 
 SPACING = (1.0, 2.0, 3.0)
@@ -32,7 +34,7 @@ def scores(prediction, reference):
 
 def test_a_perfect_prediction():
     table = scores(boxes(second=SECOND), boxes(second=SECOND))
-    assert (table[["dice", "nsd"]] == 1).all(axis=None)
+    assert (table[["dice", "nsd", "sensitivity"]] == 1).all(axis=None)
     assert (table["hd95"] == 0).all()
     assert table["volume_ref_ml"].tolist() == [64 * 6 / 1000] * 2
 
@@ -49,14 +51,48 @@ def test_a_box_moved_by_one_voxel():
     assert row["nsd"] < 1.0
 
 
-def test_empty_structures_have_documented_values():
-    diagonal = math.hypot(12 * 1, 10 * 2, 8 * 3)
-    both = scores(boxes(), boxes()).loc["b"]
-    assert (both["dice"], both["nsd"], both["hd95"]) == (1, 1, 0)
-    missed = scores(boxes(), boxes(second=SECOND)).loc["b"]
-    assert (missed["dice"], missed["nsd"], missed["hd95"]) == (0, 0, diagonal)
-    invented = scores(boxes(second=SECOND), boxes()).loc["b"]
-    assert (invented["dice"], invented["nsd"], invented["hd95"]) == (0, 0, diagonal)
+def test_sensitivity_is_the_share_of_the_reference_that_is_found():
+    slab = (slice(2, 6), slice(2, 6), slice(2, 4))  # half of the first box, and nothing else
+    half = scores(boxes(slab, SECOND), boxes(second=SECOND)).loc["a"]
+    assert (half["sensitivity"], half["dice"]) == (0.5, pytest.approx(2 * 32 / 96))
+    more = scores(boxes(second=SECOND), boxes(slab, SECOND)).loc["a"]
+    assert (more["sensitivity"], more["dice"]) == (1, half["dice"])
+
+
+DIAGONAL = math.hypot(12 * 1, 10 * 2, 8 * 3)  # of the image, in mm
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "share", "distance"),
+    [(None, None, 1, 0), (None, SECOND, 0, DIAGONAL), (SECOND, None, 0, DIAGONAL)],
+)
+def test_empty_structures_have_documented_values(prediction, reference, share, distance):
+    row = scores(boxes(second=prediction), boxes(second=reference)).loc["b"]
+    assert row[["dice", "nsd", "hd95", "sensitivity"]].tolist() == [share, share, distance, share]
+
+
+def test_surface_distances_are_those_of_hd95_and_signed():
+    first, moved = boxes() == 1, boxes((slice(3, 7), slice(2, 6), slice(2, 6))) == 1
+    found = evaluate.surface_distances(moved, first, SPACING)
+    assert found.shape == first.shape
+    assert (found[6][moved[6]] == 1).all()  # mm, outside
+    assert (found[3][~np.isnan(found[3])] <= 0).all()
+    assert np.isnan(found[~moved.numpy()]).all()
+    wide = boxes((slice(2, 6), slice(2, 10), slice(2, 6))) == 1
+    there = np.abs(evaluate.surface_distances(wide, first, SPACING))
+    row = scores(wide.byte(), first.byte()).loc["a"]
+    assert np.nanpercentile(there, 95) == row["hd95"] == 8.0  # mm, four voxels of 2 mm
+    with pytest.raises(ValueError, match="empty structure"):
+        evaluate.surface_distances(first, torch.zeros_like(first), SPACING)
+
+
+def test_probability_bins_count_what_is_said_and_what_is_there():
+    said = torch.tensor([0.05, 0.05, 0.95, 1.0]).view(1, 4, 1, 1)
+    reference = torch.tensor([0, 1, 1, 1]).view(4, 1, 1)
+    bins = evaluate.probability_bins(torch.cat([1 - said, said]), reference, ["a"])
+    assert bins["voxels"].tolist() == [2, *[0] * 8, 2]
+    assert bins["observed"].tolist() == [1, *[0] * 8, 2]
+    assert bins["predicted"].iloc[[0, -1]].tolist() == pytest.approx([0.1, 1.95])
 
 
 def test_shapes_must_agree():
@@ -102,9 +138,44 @@ def test_a_run_is_evaluated_once(trained, monkeypatch):
     assert not table.isna().any(axis=None)
     monkeypatch.setattr(evaluate, "predict", None)  # a second prediction would fail
     pd.testing.assert_frame_equal(evaluate.evaluate(trained), table)
+    network = runs.run_dir(trained) / "model.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "fingerprint", lambda name: "other data")
+        with pytest.raises(TypeError):
+            evaluate.evaluate(trained, checkpoint=network)
     more = _more(trained)
     with pytest.raises(TypeError):
         evaluate.evaluate(more)
+
+
+def test_other_weights_are_evaluated_anew(trained, tmp_path):
+    file = tmp_path / "model.safetensors"
+    found = load_trained(runs.run_dir(trained))
+    tables = []
+    for scale in (1, -1):
+        weights = {name: scale * tensor for name, tensor in found.weights.items()}
+        save_trained(file, found._replace(weights=weights))
+        tables.append(evaluate.evaluate(trained, checkpoint=file))
+    assert not tables[0].equals(tables[1])
+
+
+def test_scores_survive_a_kill(trained, monkeypatch):
+    """Only the case that was being computed is computed again."""
+    predict, seen = evaluate.predict, []
+
+    def deadly(model, image, patch_size):
+        seen.append(image)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return predict(model, image, patch_size)
+
+    monkeypatch.setattr(evaluate, "predict", deadly)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(trained)
+    table = evaluate.evaluate(trained)
+    assert len(seen) == 3
+    (runs.run_dir(trained) / "evaluation.json").unlink()
+    pd.testing.assert_frame_equal(evaluate.evaluate(trained), table)
 
 
 def _more(config):
@@ -121,5 +192,8 @@ def test_stored_predictions_are_those_of_the_network(trained):
     predicted = evaluate.predict(train.load_model(trained), image, trained.patch_size)
     assert predicted.shape == image.shape[1:]
     assert torch.equal(evaluate.load_prediction(trained, case), predicted)
+    shares = evaluate.probabilities(train.load_model(trained), image, trained.patch_size)
+    assert torch.allclose(shares.sum(0), torch.ones(predicted.shape))
+    assert torch.equal(shares.argmax(0), predicted.long())
     with pytest.raises(FileNotFoundError, match="no prediction for case 'nobody'"):
         evaluate.load_prediction(trained, "nobody")

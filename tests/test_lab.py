@@ -113,6 +113,7 @@ def move(tab, cells: list[dict], slider: str, key: str) -> tuple[str, str]:
     row = explorer.locator(".widget-slider", has=tab.get_by_text(slider, exact=True))
     row.locator(".noUi-handle").press(key)
     playwright.expect(picture).not_to_have_attribute("src", before[1], timeout=60_000)
+    playwright.expect(picture).not_to_have_attribute("alt", before[0], timeout=60_000)
     return before[0], picture.get_attribute("alt")
 
 
@@ -150,10 +151,11 @@ def test_the_architecture_runs_and_its_path_is_walked(tab):
     check_outcome(tab, cells)
 
 
-def test_the_evaluation_runs_and_its_cases_are_leafed_through(tab):
-    cells = run_all(tab, "04_evaluation.ipynb")
+@pytest.mark.parametrize("notebook", ["02_data", "04_evaluation"])
+def test_a_notebook_runs_and_its_cases_are_leafed_through(tab, notebook):
+    cells = run_all(tab, f"{notebook}.ipynb")
     before, after = move(tab, cells, "slice", "ArrowRight")
-    keep(tab, "cases")
+    keep(tab, notebook)
     assert before != after
     assert ", axial slice " in after
     check_outcome(tab, cells)

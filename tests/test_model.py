@@ -81,6 +81,9 @@ VARIANTS = [
     {"scan_orders": ("forward",)},
     {"scan_orders": ("reverse", "inter_slice")},
     {"nslices": 4},
+    {"recurrence": False},
+    {"extra_conv": False},
+    {"block": "segmamba"},
     {"variant": "released"},
 ]
 
@@ -175,6 +178,8 @@ def test_bad_inputs_are_named():
     [
         ({"variant": "other"}, "variant must be one of"),
         ({"tom": "all"}, "tom must be one of"),
+        ({"block": "resnet"}, "block must be one of"),
+        ({"block": "segmamba", "tom": "inner"}, "block must be one of"),
         ({"variant": "released", "tom": "both"}, "released variant runs no ToM"),
         ({"features": (8, 16, 32)}, "features must be four numbers"),
         ({"features": (12, 24, 48, 96)}, "features must be four numbers"),

@@ -1,5 +1,8 @@
 """Figures are readable, the same twice, and carry what they were computed with."""
 
+import itertools
+
+import case_tables
 import matplotlib as mpl
 import nbformat
 import numpy as np
@@ -7,12 +10,13 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
-from srlib import plots, site
+from srlib import comparisons, plots, site
 from srlib.scan import ORDERS, token_order
 
 SHAPE, CLASSES, SPACING = (8, 10, 6), ("grey matter", "white matter"), (1.0, 2.0, 3.0)
@@ -102,6 +106,26 @@ def draw_order():
     return plots.order_view((3, 4, 5), orders, "reverse", 40, ((0, 0, 0), (2, 3, 4)))
 
 
+def draw_surface():
+    distances = np.where(LABELS > 0, np.linspace(-2, 3, VOLUME.size).reshape(SHAPE), np.nan)
+    return plots.surface_map(VOLUME, distances, SPACING)
+
+
+def draw_minutes():
+    tables = [case_tables.cases(SYSTEMS, n=8, minutes=minutes) for minutes in (1.5, 3)]
+    panels = {"one": ["both", "conv"], "two": ["both", "none", "absent"]}
+    return comparisons.dice_over_minutes(pd.concat(tables), panels)
+
+
+def draw_reliability():
+    random = np.random.default_rng(0)
+    sums = {"voxels": 9, "predicted": np.arange(9), "observed": 9 * random.uniform(size=9)}
+    return comparisons.reliability(pd.DataFrame({"class": ["a"] * 5 + ["b"] * 4, **sums}))
+
+
+SYSTEMS = {"both": 0.0, "none": -0.01, "conv": 0.005}
+CASES = case_tables.cases(SYSTEMS)
+FIRST = CASES[(CASES["system"] == "both") & (CASES["seed"] == 0)]
 FIGURES = {
     "signals": draw_signals,
     "heat_maps": draw_heat_maps,
@@ -114,6 +138,12 @@ FIGURES = {
     "order_view": draw_order,
     "metric_strips": lambda: plots.metric_strips(metrics_table()),
     "volume_agreement": lambda: plots.volume_agreement(metrics_table()),
+    "surface_map": draw_surface,
+    "interval_rows": lambda: comparisons.interval_rows(CASES),
+    "paired_rows": lambda: comparisons.paired_rows(CASES, "both"),
+    "error_by_volume": lambda: comparisons.error_by_volume(FIRST),
+    "dice_over_minutes": draw_minutes,
+    "reliability": draw_reliability,
 }
 
 
@@ -134,6 +164,44 @@ def test_each_figure_is_readable(name, record, displayed, monkeypatch):
     monkeypatch.setattr(Text, "draw", checked_draw)
     record.show(FIGURES[name](), name, alt="what it shows")
     assert not problems
+
+
+def test_a_long_stamp_stays_within_the_figure(record, displayed, monkeypatch):
+    monkeypatch.setattr(plots.Record, "stamp", lambda _: "fold 0, seed 0-2 | " * 9)
+    figure = draw_signals()
+    record.show(figure, "curves", alt="two curves")
+    for line in figure.texts:
+        assert figure.bbox.x1 > line.get_window_extent().x1
+    assert len(figure.texts) == 2
+
+
+# Linear RGB as it is seen without green cones (Machado, Oliveira and Fernandes 2009, severity 1), and as CIE XYZ.
+DEUTERANOPIA = np.array(
+    [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]]
+)
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def seen(colour: str) -> np.ndarray:
+    """The colour as a deuteranope sees it, in CIELAB, where two are hard to mix up from a distance of 20 on."""
+    rgb = np.array(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    x, y, z = np.cbrt(XYZ @ (DEUTERANOPIA @ linear).clip(0, 1) / XYZ.sum(axis=1))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize(
+    ("palette", "apart"),
+    [
+        (plots.CLASS_COLOURS[:5], 20),
+        (plots.CLASS_COLOURS, 15),  # with a marker or a hatch of its own as well
+        ((plots.ORANGE, plots.SKY, plots.GREY), 20),  # of the diagrams
+        ((plots.BLUE, plots.ORANGE, plots.SKY), 20),  # the first lines of a chart
+    ],
+)
+def test_colours_are_told_apart_by_deuteranopes(palette, apart):
+    for one, other in itertools.combinations(palette, 2):
+        assert np.linalg.norm(seen(one) - seen(other)) > apart, (one, other)
 
 
 def test_show_writes_the_same_files_twice(record, displayed, tmp_path):
@@ -163,6 +231,8 @@ def test_stamp_says_what_it_was_computed_with(record):
     assert "seed 7" in smoke
     assert "virtual" not in plots.Record("default", "hippocampus").stamp()
     assert "random weights" in plots.Record("default", "mni152", inputs="random weights").stamp()
+    reference = plots.Record("smoke", "mni152", reference="hippocampus, fold 0, an H100").stamp()
+    assert reference.startswith("hippocampus, fold 0, an H100 | commit ")
 
 
 def test_table_is_stamped_and_read_back(record, displayed, tmp_path):

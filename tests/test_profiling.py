@@ -3,11 +3,15 @@
 import sys
 from itertools import pairwise
 from math import prod
+from multiprocessing import Pipe
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
+from srlib import profiling
+from srlib.paths import REFERENCE
 from srlib.profiling import PARTS, Workload, count, measure, measure_apart, published
 from srlib.workload import loss_function
 
@@ -123,11 +127,30 @@ def test_measured_memory_is_the_counted_and_what_operators_use_inside(counted):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces a limit on data")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_computed_again_is_counted_as_freed_after_its_use(precision):
+    """nnU-Net's operators need little scratch: a GPU's allocator gave what is counted."""
+    gpu = pd.read_csv(REFERENCE / "gpu" / "memory.csv").query("setting == 'btcv_128'")
+    measured = gpu.query("peer == 'nnunet' and checkpointing").set_index("precision")["allocated"]
+    counted = count(Workload("nnunet", precision=precision, checkpointing=True)).totals
+    assert counted["peak"] == pytest.approx(measured[precision], rel=0.01)
+
+
 def test_what_does_not_fit_says_how_far_it_got():
     result = measure_apart(Workload("unet", size=128), limit=1.0)
     assert list(result) == ["failed"]
     assert result["failed"].startswith("first step: ")
     assert "memory" in result["failed"]
+
+
+def test_an_error_without_words_is_told(monkeypatch):
+    def measure(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(profiling, "measure", measure)
+    receiver, sender = Pipe(duplex=False)
+    profiling._child(SMALL, "cpu", 1, None, sender)
+    assert receiver.recv() == {"failed": "MemoryError: "}
 
 
 def test_unknown_precision_is_refused():

@@ -90,6 +90,37 @@ def test_only_tables_of_notebooks_that_ran_are_compared(stored):
     assert reference.compare("smoke", "mni152", ["01_architecture"]).empty
 
 
+def test_what_only_seed_0_has_must_be_the_same_again(folders):
+    for seed in reference.SEEDS:
+        write_tables(CONFIG, seed)
+    table = pd.DataFrame({"parameters": [7], "share": [0.25]})
+    file = results_dir("smoke", "mni152") / "tables" / "03-counted.csv"
+    table.to_csv(file, index=False)
+    reference.store("smoke", "mni152")
+    assert reference.compare("smoke", "mni152", NOTEBOOKS)["agrees"].all()
+    table.assign(share=0.26).to_csv(file, index=False)
+    (only,) = reference.compare("smoke", "mni152", NOTEBOOKS).query("not agrees").itertuples()
+    assert (only.table, only.column) == ("03-counted", "share")
+
+
+def test_a_metrics_tolerance_comes_from_that_metric_alone(folders):
+    tables = {
+        seed: pd.DataFrame({"metric": ["dice", "hd95"], "mean": [0.8 + seed / 1000, 2 + seed]})
+        for seed in reference.SEEDS
+    }
+    for seed, table in tables.items():
+        write_tables(CONFIG, seed)
+        folder = results_dir("smoke", "mni152", seed) / "tables"
+        table.to_csv(folder / "04-metrics.csv", index=False)
+    reference.store("smoke", "mni152")
+    file = results_dir("smoke", "mni152") / "tables" / "04-metrics.csv"
+    for change, agrees in ([0.005, 5], [True, True]), ([0.006, 6], [False, False]):
+        tables[0].assign(mean=tables[0]["mean"] + change).to_csv(file, index=False)
+        comparison = reference.compare("smoke", "mni152", ["04_evaluation"])
+        assert comparison["agrees"].tolist() == agrees
+        assert comparison["tolerance"].tolist() == pytest.approx([0.004 * 2**0.5, 4 * 2**0.5])
+
+
 def test_a_missing_reference_is_named(folders):
     with pytest.raises(FileNotFoundError, match="no reference for profile smoke, data set mni152"):
         reference.compare("smoke", "mni152", NOTEBOOKS)

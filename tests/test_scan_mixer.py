@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -74,6 +75,27 @@ def test_more_taps_than_the_kernels_have_take_the_composition():
     y = mamba_mixer(**inputs, order="reverse")
     wide = mamba_mixer(**{name: t.double() for name, t in inputs.items()}, order="reverse")
     assert relative_error(y, wide) < 1e-5
+
+
+def test_the_tensor_decides_on_the_kernel_of_the_convolution(monkeypatch):
+    """Not whether the machine has a GPU; the kernel takes 2 to 4 taps, no float64, channels by the eight."""
+    taken = []
+    monkeypatch.setattr(
+        mixer, "_causal_conv_kernel", lambda: lambda *tensors: taken.append(tensors)
+    )
+    monkeypatch.setattr(mixer, "torch_conv", lambda *tensors: "torch")
+
+    class Cuda(NamedTuple):
+        dtype: torch.dtype = torch.float32
+        is_cuda: bool = True
+
+    for taps, width, x in (
+        *((1, 8, Cuda()), (5, 8, Cuda()), (4, 10, Cuda()), (4, 8, Cuda(torch.float64))),
+        (4, 8, torch.ones(1, 8, 3)),
+    ):
+        assert mixer._causal_conv(x, torch.ones(width, taps), None) == "torch"
+    assert mixer._causal_conv(Cuda(), torch.ones(8, 4), None) is None
+    assert len(taken) == 1
 
 
 def test_the_fused_mixer_keeps_torchs_contract():

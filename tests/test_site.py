@@ -34,7 +34,9 @@ def results(tmp_path):
     folder = tmp_path / "smoke" / "mni152"
     write_picture(folder / "figures" / "00-one.png", 'a "small" figure & more')
     (folder / "notebooks").mkdir()
-    text = "## Next\n\nSee [the second](01_second.ipynb#part) of the two."
+    text = (
+        "## Next\n\nSee [the second](01_second.ipynb#part), back to [the first](../00_first.ipynb)."
+    )
     shown = "# a comment\n@decorate\ndef f(x):\n    return 1 + x**0.5 if x in [2] else 'text'"
     table = pd.DataFrame({"a": [1, 2]}).to_html()
     output = new_output("execute_result", data={"text/html": table}, execution_count=1)
@@ -93,15 +95,17 @@ def test_index_shows_the_claims_when_they_are_there(results, manifest):
     (results / "tables").mkdir()
     (results / site.CLAIMS).write_text("# stamp\nclaim,verdict\nless memory,holds <in part>\n")
     page = read(site.write_index(results, manifest))
-    assert [cell.text for cell in page.select("th")] == ["claim", "verdict"]
-    assert [cell.text for cell in page.select("td")] == ["less memory", "holds <in part>"]
+    assert [cell.text for cell in page.select("th[scope=col]")] == ["claim", "verdict"]
+    assert [cell.text for cell in page.select("th[scope=row]")] == ["less memory"]
+    assert [cell.text for cell in page.select("td")] == ["holds <in part>"]
 
 
 def test_a_notebook_s_page_loads_nothing_and_links_to_pages(results):
     page = read(results / "notebooks" / "00_first.html")
     assert not page.select("[src^=http], link[href^=http]")
     assert not [s for s in page.select("script") if re.search("https?://", s.text)]
-    assert page.select_one("a[href^='01_second']")["href"] == "01_second.html#part"
+    links = [link["href"] for link in page.select("main a:not(.anchor-link)")]
+    assert links == ["01_second.html#part", "00_first.html"]
 
 
 def test_axe_finds_nothing(results, manifest):
@@ -141,3 +145,11 @@ def test_axe_finds_nothing(results, manifest):
 )
 def test_duration(seconds, text):
     assert site.duration(seconds) == text
+
+
+def test_the_readme_s_figures_are_copied_smaller(tmp_path):
+    (tmp_path / "figures").mkdir()
+    Image.new("RGB", (3000, 1500), "white").save(tmp_path / "figures" / "05-parts.png")
+    assert site.store_figures(tmp_path, tmp_path / "kept") == ["05-parts"]
+    with Image.open(tmp_path / "kept" / "05-parts.png") as image:
+        assert image.size == (1400, 700)

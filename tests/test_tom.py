@@ -70,6 +70,24 @@ def test_scan_orders_decide_the_parameters():
     }
 
 
+def test_without_recurrence_a_token_reaches_no_further_than_the_convolution():
+    """Four taps in each direction; with recurrence the same token reaches everything after it."""
+    for recurrence, expected in ((False, [17, 18, 19, 20]), (True, list(range(17, 40)))):
+        torch.manual_seed(0)
+        mamba = TriOrientedMamba(8, scan_orders=("forward",), recurrence=recurrence)
+        x = torch.randn(1, 40, 8, requires_grad=True)
+        y = mamba(x, depth=4)
+        reached = [
+            t
+            for t in range(40)
+            if torch.autograd.grad(y[0, t].sum(), x, retain_graph=True)[0][0, 17].abs().max() > 0
+        ]
+        assert reached == expected
+    assert not [
+        name for name, _ in TriOrientedMamba(8, recurrence=False).named_parameters() if "A" in name
+    ]
+
+
 @pytest.mark.parametrize("orders", [(), ("forward", "forward"), ("sideways",)])
 def test_bad_scan_orders_are_refused(orders):
     with pytest.raises(ValueError, match="scan_orders must be a non-empty subset"):

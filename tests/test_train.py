@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -62,6 +63,9 @@ def test_profiles_give_configurations():
     with pytest.raises(ValueError, match="profile 'huge' is not one of smoke, default, full"):
         runs.config_for("huge", "mni152")
 
+    told = runs.config_for("default", "mni152", warmup=50)
+    assert RunConfig("mni152") == told  # what is not told is the default profile's
+
 
 def test_schedule_warms_up_and_decays():
     rates = [train.learning_rate(QUICK, step) for step in range(QUICK.steps)]
@@ -90,8 +94,11 @@ def test_an_unfinished_run_has_no_model(results):
 
 def test_kill_and_resume_gives_the_weights_of_the_undisturbed_run(results, monkeypatch):
     long = dataclasses.replace(QUICK, steps=60)
+    # Each step of the run that is killed takes a while, so that no machine is too fast to kill it.
     code = (
-        "from srlib import train; from srlib.runs import RunConfig; "
+        "import time; from srlib import train; from srlib.runs import RunConfig; "
+        "rate = train.learning_rate; "
+        "train.learning_rate = lambda *step: (time.sleep(0.1), rate(*step))[1]; "
         f"train.train({long!r}, checkpoint_seconds=0)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ))
@@ -115,8 +122,39 @@ def test_kill_and_resume_gives_the_weights_of_the_undisturbed_run(results, monke
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in resumed)
 
 
+@pytest.mark.parametrize("step", [2, QUICK.steps - 1])
+def test_a_training_that_diverges_stops_and_saves_no_numbers_that_are_none(
+    results, monkeypatch, step
+):
+    """A NaN in the weights, from a step on; in the last one no loss tells."""
+    spoilt = train.learning_rate
+
+    def rate(config, now):
+        return math.nan if now == step else spoilt(config, now)
+
+    monkeypatch.setattr(train, "learning_rate", rate)
+    with pytest.raises(FloatingPointError, match=r"step \d: loss or weights .* than 0.004"):
+        train.train(QUICK, checkpoint_seconds=0)
+    monkeypatch.undo()
+    folder = results / "runs" / runs.run_id(QUICK)
+    assert not (folder / "model.safetensors").exists()
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert len(saved["history"]) == step
+    assert all(weight.isfinite().all() for weight in saved["model"].values())
+
+
+def test_what_a_killed_process_left_half_written_is_removed(results):
+    left = runs.run_dir(QUICK) / ".checkpoint-abcd_123.pt"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    train.train(QUICK)
+    assert {file.name for file in left.parent.iterdir()} == {
+        *(".lock", "history.csv", "model.safetensors", "run.json")
+    }
+
+
 def test_cases_are_checked_before_anything_is_computed(results, monkeypatch):
-    def refuse(name):
+    def refuse(name, fold):
         raise data.DataError("bad.nii.gz: not a gzip file")
 
     monkeypatch.setattr(data, "check", refuse)

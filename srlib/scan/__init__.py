@@ -4,6 +4,8 @@
 |-------------|---------------------|-------------------------------------------------------|
 | `reference` | anything            | the definition, token by token, gradients by autograd |
 | `chunked`   | anything            | plain torch with bounded memory                       |
+| `cpu`       | CPU with numba      | fused kernels with vector instructions, float32       |
+| `triton`    | CUDA with triton    | fused kernels in Triton's language                    |
 | `mamba_ssm` | CUDA with mamba-ssm | its authors' CUDA kernel                              |
 
 Only `reference`, which is used by name alone, keeps tokens x channels x states for the backward

@@ -77,7 +77,7 @@ def _composed(weights: Sequence[Tensor], order: str, nslices: int, x: Tensor) ->
     conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D = weights
     tokens = token_order(order, x.shape[1], nslices, x.device)
     visited = x[:, tokens].transpose(1, 2)  # (B, L, E) -> (B, E, L) in the order of visit
-    u = _causal_conv()(visited, conv_weight, conv_bias)
+    u = _causal_conv(visited, conv_weight, conv_bias)
     delta, B, C = scan_arguments(u, x_proj, dt_proj, A)
     y = selective_scan(u, delta, A, B, C, D, delta_bias=dt_bias)
     return y.new_empty(x.shape).index_copy(1, tokens, y.transpose(1, 2))
@@ -101,17 +101,23 @@ def _sizes(dt_proj: Tensor, A: Tensor) -> list[int]:
     return [dt_proj.shape[1], A.shape[1], A.shape[1]]
 
 
-@functools.cache
-def _causal_conv() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The causal convolution with SiLU by causal-conv1d's kernel where it is installed, or by torch."""
-    if torch.cuda.is_available():
-        try:
-            from causal_conv1d import causal_conv1d_fn
+def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The causal convolution with SiLU by causal-conv1d's kernel where it is there and takes it, or by torch."""
+    channels, taps = weight.shape
+    taken = x.is_cuda and x.dtype != torch.float64 and 2 <= taps <= 4 and channels % 8 == 0
+    kernel = _causal_conv_kernel() if taken else None
+    return kernel(x, weight, bias) if kernel else torch_conv(x, weight, bias)
 
-            return functools.partial(causal_conv1d_fn, activation="silu")
-        except Exception as error:  # a build against another torch fails in many ways
-            logger.info("causal convolution by torch: %s", error)
-    return torch_conv
+
+@functools.cache
+def _causal_conv_kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    try:
+        from causal_conv1d import causal_conv1d_fn
+
+        return functools.partial(causal_conv1d_fn, activation="silu")
+    except Exception as error:  # a build against another torch fails in many ways
+        logger.info("causal convolution by torch: %s", error)
+        return None
 
 
 def torch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

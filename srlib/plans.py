@@ -1,0 +1,266 @@
+"""Plans: what the registry would say of a folder, found out from its cases.
+
+| what | from |
+|---|---|
+| channels, classes | `dataset.json`; without it one channel a file, and a class for each label value that occurs |
+| working voxel size | the median over the cases, along each axis after turning to RAS |
+| normalisation | stated CT: clipped at percentiles 0.5 and 99.5 of the foreground, z-scores; else each scan alone |
+| patch size | the median size of a case, made smaller until a training step fits the memory that is stated |
+| mirroring | none: whether a mirrored case is a possible case cannot be seen in files |
+
+A plan reads every labelled case once, held-out ones too, of which sizes and CT's four numbers are taken.
+It is kept in the cache until a file of the folder or the code that makes it changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from nibabel.affines import voxel_sizes
+from nibabel.orientations import io_orientation
+from numpy.typing import NDArray
+
+from srlib.images import DataError, Window, read_case
+from srlib.labels import values_in
+from srlib.layouts import Case, Contents, standard
+from srlib.paths import atomic_path, cache_dir, slug, source_hash
+from srlib.registry import Dataset, tuples
+
+T = TypeVar("T")
+MEMORY = 4.0  # GiB that a training step may take unless another budget is stated
+NETWORK, BATCH = "small", 2  # that the patch size is planned for
+SMALLEST_PATCH, STEP = 40, 8  # voxels; the network's minimum is 33 along one axis
+VOXELS_A_CASE = 2_000  # of the foreground, that intensities are taken from
+# What decides a plan, beside the files: how these are read, and what the memory of a step is counted by.
+MADE_BY = (
+    *("plans.py", "images.py", "labels.py", "layouts.py", "registry.py", "profiling.py"),
+    *("workload.py", "model.py", "tom.py", "recompute.py", "scan"),
+)
+WATCHED = (".", "dataset.json", "imagesTr", "labelsTr", "images", "labels", "RawData/Training/img")
+
+
+class Measured(NamedTuple):
+    """What is kept of a case."""
+
+    id: str
+    shape: NDArray[np.int64]  # voxels along R, A, S
+    spacing: NDArray[np.float64]  # mm likewise
+    values: list[int]  # that its label holds
+    foreground: NDArray[np.float32]  # intensities (channels, n)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A folder's entry, and what to say of how it came about."""
+
+    entry: Dataset
+    summary: tuple[str, ...]
+
+
+def load(folder: Path) -> Plan:
+    """The folder's plan: the one in the cache while its files are as they were, else a new one.
+
+    Within a process it is looked for again only when files came or left.
+    """
+    return _loaded(folder, changed(folder))
+
+
+def changed(folder: Path) -> tuple[int, ...]:
+    """When files came into a folder or left it, or its `dataset.json` was written."""
+    places = [folder / name for name in WATCHED]
+    return tuple(place.stat().st_mtime_ns for place in places if place.exists())
+
+
+@lru_cache(maxsize=8)
+def _loaded(folder: Path, _changed: tuple[int, ...]) -> Plan:
+    contents = standard(folder)
+    file = _file(folder, contents)
+    if not file.is_file():
+        make(folder)
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    return Plan(Dataset(**tuples(kept["entry"])), tuple(kept["summary"]))
+
+
+def make(folder: Path, memory: float = MEMORY, network: str = NETWORK) -> Plan:
+    """Plan from the folder's cases, and keep the plan.
+
+    Args:
+        folder: in the layout `standard` of `srlib.layouts`.
+        memory: GiB that a training step may take.
+        network: size of SegResMamba, a name in `srlib.model.FEATURES`.
+
+    Raises:
+        DataError: one line for each fault of a case; fewer than two cases; a class that none has.
+    """
+    contents = standard(folder)
+    if len(contents.cases) < 2:
+        raise DataError(f"{folder}: expected two cases or more, one to train and one to test")
+    channels = len(contents.modalities) or len(contents.cases[0].images)
+    known = {v: name for name, of in contents.classes.items() for v in of} or None
+    measured, faults = [], []
+    for case in contents.cases:
+        try:
+            measured.append(_measure(case, channels, known))
+        except DataError as error:
+            faults += str(error).splitlines()
+    if faults:
+        raise DataError("\n".join([f"{folder}, {len(faults)} fault(s):", *faults]))
+    plan = _plan(folder, contents, measured, memory, network)
+    with atomic_path(_file(folder, contents)) as temporary:
+        temporary.write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
+    _loaded.cache_clear()
+    return plan
+
+
+def _measure(case: Case, channels: int, known: dict[int, str] | None) -> Measured:
+    scans, label = read_case(case.images, case.label, channels)
+    values = values_in(case.label, label, known)
+    axes = io_orientation(label.affine)[:, 0].astype(int)  # of each axis of the file
+    shape, spacing = np.empty(3, np.int64), np.empty(3)
+    shape[axes], spacing[axes] = label.array.shape, voxel_sizes(label.affine)
+    inside = np.stack([scan.array[label.array > 0] for scan in scans])
+    some = inside[:, :: max(1, inside.shape[1] // VOXELS_A_CASE)]
+    return Measured(case.id, shape, spacing, values, some)
+
+
+def _plan(
+    folder: Path, contents: Contents, measured: list[Measured], memory: float, network: str
+) -> Plan:
+    occurring = sorted({value for case in measured for value in case.values})
+    classes = contents.classes or {f"label {value}": (value,) for value in occurring}
+    absent = [name for name, of in classes.items() if not set(of) & set(occurring)]
+    if absent or not classes:
+        raise DataError(f"{folder}: no case has {', '.join(absent) or 'a label other than 0'}")
+    foreground = np.concatenate([case.foreground for case in measured], axis=1)
+    modalities = contents.modalities or tuple(f"channel {k}" for k in range(len(foreground)))
+    median = np.median([case.spacing for case in measured], axis=0)
+    spacing = _three(float(f"{size:.4g}") for size in median)
+    entry = Dataset(
+        name=str(folder),
+        title=f"folder {folder.name}",
+        task=", ".join(classes),
+        modalities=modalities,
+        classes=tuple(classes),
+        spacing=spacing,
+        licence="its owner's",
+        citation="",
+        source=str(folder),
+        how_to_get=f"put it back at {folder}",
+        flip_axes=(),
+        nsd_tolerance=max(spacing),
+        virtual=False,
+        folder=str(folder),
+        normalisation=tuple(
+            _window(values) if "CT" in name.upper().split() else "scan"
+            for name, values in zip(modalities, foreground, strict=True)
+        ),
+        label_values=tuple(classes.values()),
+    )
+    size = np.median([case.shape * case.spacing for case in measured], axis=0) / spacing
+    patch, needed = patch_size(size, entry.in_channels, entry.out_channels, memory, network)
+    grids = (
+        f"working voxels of {_times(spacing)} mm, the median; a median case has {_times(size.round())}",
+        f"patches of {_times(patch)} voxels: a training step of the network {network!r} with {BATCH} of them"
+        f" takes {needed:.2f} GiB (counted), allowed are {memory:g}",
+    )
+    return Plan(replace(entry, patch_size=patch), (*_said(entry, measured), *grids))
+
+
+def _said(entry: Dataset, measured: list[Measured]) -> list[str]:
+    """What to say of cases, channels and classes."""
+    empty = [case.id for case in measured if not case.values]
+    lines = [f"{len(measured)} labelled cases"]
+    if empty:
+        lines[0] += f", {len(empty)} of them without any class: {', '.join(empty[:5])}"
+    for name, how in zip(entry.modalities, entry.normalisation, strict=True):
+        said = "each scan on its own scale (not stated to be CT)"
+        if not isinstance(how, str):
+            low, high, mean, deviation = (f"{number:.4g}" for number in how)
+            said = f"CT, clipped to {low} .. {high}, less {mean}, divided by {deviation}"
+        lines.append(f"channel {name}: {said}")
+    for name, of in zip(entry.classes, entry.label_values, strict=True):
+        count = sum(bool(set(of) & set(case.values)) for case in measured)
+        lines.append(f"class {name}: label {' or '.join(map(str, of))}, in {count} cases")
+    return lines
+
+
+def _window(values: NDArray[np.float32]) -> Window:
+    """CT's normalisation from the foreground's intensities."""
+    low, high = np.percentile(values, (0.5, 99.5))
+    clipped = np.clip(np.asarray(values, np.float64), low, high)
+    return Window(float(low), float(high), float(clipped.mean()), float(clipped.std()) or 1.0)
+
+
+def patch_size(
+    size: NDArray, in_channels: int, out_channels: int, memory: float, network: str
+) -> tuple[tuple[int, int, int], float]:
+    """The patch for cases of `size` voxels whose training step fits `memory`, and what it takes (GiB).
+
+    It begins with the whole case; then the axis that reaches furthest, for the size of a case, loses
+    voxels, as long as the network allows it.
+
+    Raises:
+        ValueError: the memory does not suffice for the smallest patch.
+    """
+    fixed, each = _step_memory(network, in_channels, out_channels)
+    patch = np.maximum(np.ceil(size / STEP).astype(int) * STEP, SMALLEST_PATCH)
+
+    def needed() -> float:
+        return fixed + each * BATCH * float(np.prod(patch, dtype=float))
+
+    while needed() > memory:
+        if (patch <= SMALLEST_PATCH).all():
+            raise ValueError(
+                f"a training step takes {needed():.2g} GiB or more, allowed are {memory:g}"
+            )
+        patch[np.argmax(np.where(patch > SMALLEST_PATCH, patch / size, 0))] -= STEP
+    return _three(patch.tolist()), needed()
+
+
+@lru_cache
+def _step_memory(network: str, in_channels: int, out_channels: int) -> tuple[float, float]:
+    """GiB of a training step, counted: whatever the patch, and for each voxel of it."""
+    from srlib.model import FEATURES, SegResMamba  # here: a plan from the cache needs none of it
+    from srlib.profiling import count
+    from srlib.workload import Workload
+
+    if network not in FEATURES:
+        raise ValueError(f"network {network!r} is not one of {', '.join(FEATURES)}")
+
+    class Step(Workload):
+        """With a network of this size in place of the paper's."""
+
+        def network(self) -> SegResMamba:
+            return SegResMamba(in_channels, out_channels, FEATURES[network])
+
+    edge = 48
+    totals = count(Step(network, edge, in_channels, out_channels)).totals
+    fixed = totals["weights"] + totals["gradients"] + totals["optimizer"]
+    return fixed, (totals["peak"] - fixed) / edge**3
+
+
+def _three(numbers: Iterable[T]) -> tuple[T, T, T]:
+    x, y, z = numbers
+    return x, y, z
+
+
+def _times(numbers: Iterable[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)
+
+
+def _file(folder: Path, contents: Contents) -> Path:
+    """Where the plan is kept: named by the folder and the state of its files and of the code."""
+    index = folder / "dataset.json"
+    files = [path for case in contents.cases for path in case.files]
+    states = [
+        (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in (index, *files) if p.exists()
+    ]
+    identity = hashlib.sha256(repr((source_hash(MADE_BY), states)).encode()).hexdigest()[:16]
+    return cache_dir("plans") / f"{slug(str(folder))}-{identity}.json"

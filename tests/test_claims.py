@@ -1,0 +1,181 @@
+"""Verdicts: each follows its rule, a row changes when its table does, and the README shows the present ones."""
+
+import shutil
+
+import case_tables
+import numpy as np
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+
+from srlib import claims, data, grid, paths, site
+from srlib.baselines import SMALL
+from srlib.claims import FAILS, HOLDS, PART, UNTESTED
+
+MEMORY, MACS, TIME, PARAMETERS = (
+    next(claim for claim in claims.CLAIMS if claim.startswith(number)) for number in "1348"
+)
+COMPARABLE, TOM, PARTS = (
+    next(claim for claim in claims.CLAIMS if claim.startswith(number)) for number in "267"
+)
+ABSTRACT = [*claims.CLAIMS][-1]
+TABLES = ("gpu/memory.csv", "memory/counted.csv", "memory/levers.csv", "cpu/systems.csv")
+
+
+@pytest.fixture(autouse=True)
+def reference(tmp_path, monkeypatch):
+    """The measured tables in a folder of their own, which a test may change, and no runs."""
+    for name in TABLES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(paths.REFERENCE / name, tmp_path / name)
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
+    return tmp_path
+
+
+def with_runs(monkeypatch, shifts, **options):
+    """Committed runs of systems whose Dice differs by these shifts."""
+    cases = case_tables.cases(shifts, n=52, **options)
+    runs = pd.DataFrame({"system": [*shifts], "dataset": "hippocampus", "steps": 1500})
+    monkeypatch.setattr(grid, "cases", lambda name: cases)
+    monkeypatch.setattr(grid, "runs", lambda name: runs.assign(device="a device"))
+
+
+def changed(file, column, factor):
+    """Multiply SegResMamba's values in a table."""
+    table = pd.read_csv(file)
+    table[column] = table[column].astype(float)
+    table.loc[table["peer"] == "segresmamba", column] *= factor
+    table.to_csv(file, index=False)
+
+
+@pytest.mark.parametrize(
+    ("shown", "excluded", "words"),
+    [("11", "00", HOLDS), ("10", "01", PART), ("00", "11", FAILS), ("00", "10", UNTESTED)],
+)
+def test_verdict(shown, excluded, words):
+    columns = (pd.Series([bit == "1" for bit in bits]) for bits in (shown, excluded))
+    assert claims.verdict(*columns) == words
+
+
+@pytest.mark.parametrize(
+    ("claim", "file", "column"),
+    [(MEMORY, TABLES[0], "allocated"), (MACS, TABLES[1], "gmacs"), (TIME, TABLES[0], "step_s")],
+)
+def test_a_row_changes_when_its_table_does(reference, claim, file, column):
+    changed(reference / file, column, 1e-3)
+    assert claims.finding(claim).verdict == HOLDS
+    changed(reference / file, column, 1e6)
+    assert claims.finding(claim).verdict == FAILS
+
+
+def test_every_setting_counts(reference):
+    table = pd.read_csv(reference / TABLES[0])
+    others = table["setting"] != claims.FIRST
+    table.loc[others & (table["peer"] == "segresmamba"), "allocated"] = 1e3
+    table.to_csv(reference / TABLES[0], index=False)
+    assert claims.ratios("memory")["high"].min() > 1
+    assert claims.finding(MEMORY).verdict == PART
+
+
+def test_parameters_have_to_be_as_many_as_printed(reference):
+    assert claims.finding(PARAMETERS).verdict == FAILS
+    counted = pd.read_csv(reference / TABLES[1])
+    ours = counted.loc[counted["peer"] == "segresmamba", "trained"].iloc[0]
+    changed(reference / TABLES[1], "trained", 119.98e6 / ours)
+    assert claims.finding(PARAMETERS).verdict == HOLDS
+
+
+def test_what_lacks_its_table_has_not_been_tested(reference):
+    (reference / TABLES[1]).unlink()
+    for claim in (MACS, TOM):
+        found = claims.finding(claim)
+        assert found.verdict == UNTESTED
+        assert found.why.startswith("No committed table: ")
+    assert "counted.csv" in claims.finding(MACS).why
+
+
+@pytest.mark.parametrize(
+    ("claim", "shifts", "words"),
+    [
+        (TOM, {"none": -0.02, "conv": -0.02}, HOLDS),
+        (TOM, {"none": -0.02, "conv": 0.0}, PART),
+        (TOM, {"none": 0.0, "conv": 0.0}, FAILS),
+        (TOM, {"none": -0.02}, PART),
+        (PARTS, {"segmamba_block": -0.02, "no_extra_conv": 0.0}, PART),
+        (PARTS, {"segmamba_block": 0.0, "no_extra_conv": 0.0}, FAILS),
+        (COMPARABLE, dict.fromkeys(SMALL, 0.0), HOLDS),
+        (COMPARABLE, dict.fromkeys(SMALL, 0.0) | {"unet": 0.03}, PART),
+        (COMPARABLE, dict.fromkeys(SMALL, 0.03), FAILS),
+    ],
+)
+def test_claims_about_dice(monkeypatch, claim, shifts, words):
+    with_runs(monkeypatch, {"both": 0.0, **shifts})
+    found = claims.finding(claim)
+    assert found.verdict == words
+    assert "52 cases, up to 3 trainings a system of 1500 steps, a device" in found.on
+
+
+def test_one_seed_decides_nothing(monkeypatch):
+    with_runs(monkeypatch, {"both": 0.0, "none": -0.02, "conv": -0.02}, seeds=(0,))
+    found = claims.finding(TOM)
+    assert found.verdict == UNTESTED
+    assert found.interval == "none: the spread of seeds is unknown"
+
+
+def test_wide_intervals_decide_nothing(monkeypatch):
+    with_runs(monkeypatch, {"both": 0.0, "none": -0.005, "conv": -0.005}, noise_sd=0.2)
+    found = claims.finding(TOM)
+    assert found.verdict == UNTESTED
+    assert "Open: no ToM, convolution for ToM. " in found.why
+
+
+def test_intervals_cover_other_seeds(monkeypatch):
+    with_runs(monkeypatch, {"both": 0.0, "none": 0.0, "conv": 0.0}, seed_sd=0.0)
+    narrow = claims.gains("ToM")
+    with_runs(monkeypatch, {"both": 0.0, "none": 0.0, "conv": 0.0}, seed_sd=0.02)
+    wide = claims.gains("ToM")
+    assert ((wide["high"] - wide["low"]) > 2 * (narrow["high"] - narrow["low"])).all()
+    assert (narrow["low"] < narrow["here"]).all()
+    assert (narrow["here"] < narrow["high"]).all()
+
+
+def test_each_rival_is_compared_on_the_cases_that_it_has(monkeypatch):
+    cases = case_tables.cases({"both": 0.0, "none": 0.0, "conv": 0.0}, folds=(0, 1), n=20)
+    lacking = cases[~((cases["system"] == "conv") & (cases["fold"] == 1))]
+    monkeypatch.setattr(grid, "cases", lambda name: lacking)
+    assert claims.gains("ToM")["n"].tolist() == [40, 20]
+
+
+def test_the_abstract_is_as_good_as_its_parts(reference, monkeypatch):
+    assert claims.finding(ABSTRACT).verdict == PART
+    for name, column in ((TABLES[0], "allocated"), (TABLES[0], "step_s"), (TABLES[1], "gmacs")):
+        changed(reference / name, column, 1e-3)
+    with_runs(monkeypatch, {"both": 0.0, **dict.fromkeys(SMALL, 0.0)})
+    assert claims.finding(ABSTRACT).verdict == HOLDS
+
+
+def test_evidence_is_real_data():
+    assert not data.get(grid.DATASET).virtual
+
+
+def test_the_printed_co2_is_the_time_restated():
+    assert "within 0.00 kg" in claims.finding("5. Lower CO2 (figure 3, table 6)").why
+
+
+def test_the_table_has_a_row_for_each_claim_and_reads_as_html():
+    table = claims.table()
+    assert len(table) == 9
+    assert table["verdict"].isin([HOLDS, PART, FAILS, UNTESTED]).all()
+    page = BeautifulSoup(claims.html(table), "html.parser")
+    assert page.caption.text
+    assert [cell.text for cell in page.select("th[scope=col]")] == [*table]
+    assert [cell.text for cell in page.select("th[scope=row]")] == [*table["claim"]]
+    assert [cell.text for cell in page.select("strong")] == [*table["verdict"]]
+
+
+def test_the_readme_shows_the_present_verdicts(monkeypatch):
+    monkeypatch.undo()  # the repository's own tables
+    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    advice = "run python -m srlib claims --write-readme"
+    assert site.with_claims(readme, claims.table()) == readme, advice
+    assert np.count_nonzero([claim in readme for claim in claims.CLAIMS]) == len(claims.CLAIMS)

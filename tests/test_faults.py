@@ -1,0 +1,351 @@
+"""What can go wrong with checkpoints, disks and interruptions: one message, a status, nothing lost, no traceback.
+
+Bad files of a data set are in test_images.py and test_data.py.
+"""
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from srlib import __main__, checkpoints, collection, data, paths, runs, train
+from srlib.runs import RunConfig
+
+QUICK = RunConfig("mni152", steps=2, model="tiny", batch_size=1, patch_size=(36, 20, 20), warmup=1)
+OPTIONS = ("--model", "tiny", "--steps", "2", "--batch-size", "1", "--patch", "36", "20", "20")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SRLIB_RESULTS", str(tmp_path_factory.mktemp("trained")))
+        return train.train(QUICK).run_dir
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+class Malicious:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def a_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Malicious(path.parent / "code was run")))
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def of_another_network(path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, path)
+
+
+def of_another_version(path: Path) -> None:
+    found = checkpoints.load_trained(path)
+    about = {"config": {"dataset": "mni152", "wings": 2}, "dataset": {}}
+    save_file(found.weights, path, metadata={"srlib": json.dumps(about)})
+
+
+@pytest.mark.parametrize("command", ["info", "evaluate", "predict"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (Path.unlink, "no trained network here: "),
+        (truncated, "not a whole file of safetensors"),
+        (a_pickle, "not a whole file of safetensors"),
+        (of_another_network, "its metadata hold no run of this version of srlib"),
+        (of_another_version, "its metadata hold no run of this version of srlib"),
+    ],
+)
+def test_a_trained_network_that_cannot_be_used(trained, tmp_path, spoil, message, command):
+    file = tmp_path / "model.safetensors"
+    shutil.copy(trained / file.name, file)
+    spoil(file)
+    more = [tmp_path / "scan.nii", "--out", tmp_path / "masks"] if command == "predict" else []
+    result = CliRunner().invoke(__main__.app, [command, str(file), *map(str, more)])
+    assert result.exit_code == 2
+    assert len(result.output.splitlines()) == 1
+    assert message in result.output
+    assert str(file) in result.output
+    assert not (tmp_path / "code was run").exists()
+    assert not (tmp_path / "masks").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("nothing", 2, "no such file or folder"),
+        ("empty", 1, "expected the files of one DICOM series, got 0"),
+        ("text.nii", 1, "cannot be read"),
+    ],
+)
+def test_a_scan_that_cannot_be_segmented(trained, tmp_path, name, status, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.nii").write_text("not a scan")
+    result = predict(trained, tmp_path / name, tmp_path / "masks")
+    assert result.exit_code == status
+    assert f"{tmp_path / name}: {message}" in result.stderr
+    assert len(result.stderr.splitlines()) == (1 if status == 2 else 2)
+    assert not list(tmp_path.glob("masks/*"))
+
+
+def test_masks_that_cannot_be_written(trained, tmp_path):
+    """Before anything is computed."""
+    (tmp_path / "masks").write_text("not a folder")
+    result = predict(trained, data.cases("mni152")[0].image, tmp_path / "masks")
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert str(tmp_path / "masks") in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "MemoryError: "),
+        (RuntimeError("ITK:\n cannot write"), "RuntimeError: ITK: cannot write"),
+        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
+    ],
+)
+def test_one_scan_that_fails_does_not_end_the_others(
+    trained, tmp_path, monkeypatch, error, message
+):
+    scans = [case.image for case in data.cases("mni152")[:2]]
+
+    def segment(segmenter, files, *options):
+        if files[0] == scans[0]:
+            raise error
+
+    monkeypatch.setattr("srlib.predict.segment", segment)
+    monkeypatch.setattr("srlib.predict.write_mask", lambda mask, like, path: path.touch())
+    result = predict(trained, *scans, tmp_path / "masks")
+    assert result.exit_code == 1
+    told = [f"virtual_01: {message}", "1 of 2 cases could not be segmented"]
+    assert result.stderr.splitlines() == told
+    assert [file.name for file in (tmp_path / "masks").iterdir()] == ["virtual_02.nii.gz"]
+
+
+def test_a_training_that_diverges(results, monkeypatch):
+    monkeypatch.setattr(train, "learning_rate", lambda config, step: math.inf)
+    result = CliRunner().invoke(__main__.app, ["train", *OPTIONS])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("step 1: loss or weights are no finite numbers any more")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def predict(trained: Path, *scans_and_out: Path):
+    """What the command says."""
+    *scans, out = map(str, scans_and_out)
+    return CliRunner().invoke(__main__.app, ["predict", str(trained), *scans, "--out", out])
+
+
+def test_equal_networks_are_equal_files(trained, tmp_path):
+    """So that files tell whether a resumed training ends as an undisturbed one."""
+    found = checkpoints.load_trained(trained)
+    for k in range(8):
+        checkpoints.save_trained(tmp_path / f"{k}.safetensors", found)
+    contents = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert contents == {(trained / "model.safetensors").read_bytes()}
+
+
+def a_state(path: Path, config: RunConfig = QUICK) -> None:
+    """The checkpoint of a run that was interrupted after one step."""
+    network = train.build_model(config)
+    optimizer = torch.optim.AdamW(network.parameters())
+    history = torch.tensor([[0, 1.0, 1e-3, 0.1]], dtype=torch.float64)
+    state = {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+    checkpoints.save_state(path, config, state)
+
+
+def a_truncated_state(path: Path) -> None:
+    a_state(path)
+    truncated(path)
+
+
+def a_state_of_another_configuration(path: Path) -> None:
+    a_state(path, dataclasses.replace(cli_config(), seed=3, tom="none"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (a_truncated_state, "not a whole checkpoint of srlib"),
+        (a_pickle, "not a whole checkpoint of srlib"),
+        (Path.touch, "not a whole checkpoint of srlib"),
+        (
+            a_state_of_another_configuration,
+            "the checkpoint of another configuration, it differs in seed, tom; move it away",
+        ),
+    ],
+)
+def test_a_state_that_cannot_be_resumed_from_is_left_where_it_is(results, make, message):
+    config = cli_config()
+    path = runs.run_dir(config) / "checkpoint.pt"
+    path.parent.mkdir(parents=True)
+    make(path)
+    before = path.read_bytes()
+    result = CliRunner().invoke(__main__.app, ["train", *OPTIONS])
+    assert result.exit_code == 2
+    assert f"{path}: {message}" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert path.read_bytes() == before
+    assert not (path.parent / "code was run").exists()
+
+
+def cli_config() -> RunConfig:
+    """What the command trains with `OPTIONS`."""
+    return runs.config_for(
+        "default", "mni152", model="tiny", steps=2, batch_size=1, patch_size=(36, 20, 20), warmup=1
+    )
+
+
+# --- Disks ----------------------------------------------------------------------------------------
+
+
+def start(*command: str, results: Path, mount: str = "", **options) -> subprocess.Popen:
+    """Start the program; with `mount`, on a disk of that kind in the place of its results."""
+    program = [sys.executable, "-m", "srlib", *command]
+    if mount:
+        results.mkdir()
+        script = f'mount -t tmpfs -o {mount} none "$0" && exec "$@"'
+        program = [
+            "unshare",
+            "--map-root-user",
+            "--mount",
+            "sh",
+            "-c",
+            script,
+            str(results),
+            *program,
+        ]
+    environment = os.environ | {"SRLIB_RESULTS": str(results), "PYTHONPATH": path_with_srlib()}
+    return subprocess.Popen(
+        program,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def path_with_srlib() -> str:
+    return os.pathsep.join([str(paths.ROOT), os.environ["PYTHONPATH"]])
+
+
+def can_mount() -> bool:
+    command = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return (
+        bool(shutil.which("unshare"))
+        and not subprocess.run(command, capture_output=True).returncode
+    )
+
+
+@pytest.mark.skipif(not can_mount(), reason="this system lets a user mount no disk of their own")
+@pytest.mark.parametrize(
+    ("mount", "message"),
+    [("size=500k", "could not be written; is the disk full?"), ("ro", "Read-only file system")],
+    ids=["full", "read-only"],
+)
+def test_a_disk_that_cannot_be_written(tmp_path, mount, message):
+    process = start("train", *OPTIONS, results=tmp_path / "results", mount=mount)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    told = [line for line in errors.splitlines() if message in line]
+    assert len(told) == 1
+    assert str(tmp_path / "results") in told[0]
+    assert "Traceback" not in errors
+
+
+def test_the_message_of_a_full_disk_names_the_file(tmp_path):
+    """Python's own does not, where a file is open already. The file from before stays."""
+    table = tmp_path / "table.csv"
+    table.write_text("before")
+    told = pytest.raises(OSError, match=r"No space left on device: .*table\.csv")
+    with told, paths.atomic_path(table):
+        raise OSError(28, "No space left on device")
+    assert [file.name for file in tmp_path.iterdir()] == ["table.csv"]
+    assert table.read_text() == "before"
+
+
+# --- Interruptions --------------------------------------------------------------------------------
+
+
+def test_ctrl_c_stops_a_training_within_seconds(tmp_path):
+    process = start(
+        "train",
+        *(*OPTIONS, "--steps", "100000"),
+        results=tmp_path,
+        # a shell's job in the background ignores interrupts, and what it starts inherits that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        while not list(tmp_path.glob("runs/*/.lock")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(1)
+        asked = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - asked < 10
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("stopped; what was finished is kept")
+    assert "Traceback" not in errors
+
+
+def test_a_second_process_waits_for_the_first_and_trains_nothing_again(results, trained, capsys):
+    folder = runs.run_dir(QUICK)
+    waiting = threading.Thread(target=train.train, args=(QUICK,))
+    with paths.locked(folder):
+        waiting.start()
+        while "another process works on" not in (told := capsys.readouterr().err):
+            assert waiting.is_alive()
+            time.sleep(0.05)
+        assert str(folder) in told
+        assert not (folder / "run.json").exists()
+        shutil.copytree(trained, folder, dirs_exist_ok=True)
+    waiting.join(timeout=60)
+    assert not waiting.is_alive()
+    for name in ("history.csv", "model.safetensors"):
+        assert (folder / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_a_results_folder_belongs_to_one_process_at_a_time(results, monkeypatch):
+    def fill(plan, force):
+        with (plan.results / ".lock").open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        filled.append(plan)
+
+    filled: list[collection.Plan] = []
+    monkeypatch.setattr(collection, "_fill", fill)
+    plan = collection.plan("smoke", "mni152", ["00"])
+    collection.run(plan)
+    assert filled == [plan]
+    with (plan.results / ".lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back

@@ -1,0 +1,172 @@
+"""Statistics: known answers, the order of aggregation, and tables that would mislead."""
+
+import math
+
+import case_tables
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from srlib import statistics
+
+DICE = ("dice",)
+
+
+def test_interval_of_a_normal_sample_is_near_the_t_interval():
+    sample = np.random.default_rng(3).normal(0.9, 0.03, 60)
+    low, high = statistics.interval(sample)
+    expected = stats.t.interval(0.95, 59, sample.mean(), stats.sem(sample))
+    assert (low, high) == pytest.approx(expected, abs=0.1 * (high - low))
+    assert statistics.interval(sample) == (low, high)  # seeded
+
+
+def test_interval_holds_the_true_mean_in_about_95_of_100_samples(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 999)
+    random = np.random.default_rng(0)
+    found = [statistics.interval(random.exponential(size=50)) for _ in range(200)]
+    assert 0.90 <= np.mean([low <= 1 <= high for low, high in found]) <= 0.98
+
+
+def test_intervals_of_samples_without_spread():
+    assert statistics.interval([3.0, 3.0, 3.0]) == (3, 3)
+    assert np.isnan(statistics.interval([3.0])).all()
+
+
+def test_signed_rank_of_known_samples():
+    assert statistics.signed_rank([1, 2, 3, 4, 5]) == 2 / 2**5  # all signs equal, two-sided, exact
+    assert statistics.signed_rank([0, 0, 0]) == 1
+    assert statistics.signed_rank([1, -1.5, 2, -2.5]) > 0.5
+
+
+def test_a_detectable_difference_is_detected_in_80_of_100_samples():
+    random = np.random.default_rng(1)
+    shift = statistics.detectable(stats.zscore(random.normal(size=30), ddof=1))  # SD 1
+    samples = random.normal(shift, 1, (2000, 30))
+    assert np.mean(stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05) == pytest.approx(
+        0.8, abs=0.03
+    )
+    assert statistics.detectable([0.1, 0.1]) == 0
+    assert math.isnan(statistics.detectable([0.1]))
+
+
+def test_a_case_is_averaged_over_seeds_and_classes_before_cases_are():
+    table = case_tables.cases({"both": 0.0}, n=4)
+    table["dice"] = np.arange(len(table)) / 100
+    values = statistics.case_values(table, DICE).set_index(["class", "case"])["value"]
+    rows = table[table["case"] == "case 0-2"]
+    assert values["mean", "case 0-2"] == pytest.approx(rows["dice"].mean())
+    assert values["anterior", "case 0-2"] == pytest.approx(
+        rows.loc[rows["class"] == "anterior", "dice"].mean()
+    )
+    assert statistics.summary(table, DICE)["n"].tolist() == [4, 4, 4]
+
+
+def test_summary_tells_seeds_from_cases():
+    table = case_tables.cases({"both": 0.0}, folds=range(3), seeds=range(8), seed_sd=0.01)
+    row = statistics.summary(table, DICE).set_index("class").loc["mean"]
+    assert (row["n"], row["runs"]) == (60, 24)
+    assert row["low"] < row["mean"] < row["high"]
+    assert row["sd_seeds"] == pytest.approx(0.01, rel=0.4)
+    assert row["sd_cases"] == pytest.approx(0.03 / math.sqrt(2), rel=0.2)
+    assert row["se_seeds"] == pytest.approx(row["sd_seeds"] / math.sqrt(24))
+    one = statistics.summary(table[table["seed"] == 0], DICE)
+    assert one["sd_seeds"].isna().all()
+
+
+def test_a_seed_that_only_some_folds_have_counts_with_their_share():
+    table = case_tables.cases({"both": 0.0}, folds=(0, 1))
+    table = table[(table["fold"] == 0) | (table["seed"] == 0)]
+    row = statistics.summary(table, DICE).iloc[0]
+    means = table[table["class"] == row["class"]].groupby(["fold", "seed"])["dice"].mean()
+    assert row["sd_seeds"] == pytest.approx(means[0].std())
+    assert row["se_seeds"] == pytest.approx(row["sd_seeds"] * math.sqrt(1 / 12 + 1 / 4))
+
+
+def test_comparison_finds_what_is_there_and_nothing_else():
+    table = case_tables.cases({"both": 0.0, "same": 0.0, "worse": -0.02}, n=50, seed_sd=0)
+    rows = statistics.compare(table, "both", DICE).set_index(["system", "class"])
+    same, worse = rows.loc[("same", "mean")], rows.loc[("worse", "mean")]
+    assert worse["low"] < -0.02 < worse["high"] < 0
+    assert worse["p_holm"] < 1e-6
+    assert same["low"] < 0 < same["high"]
+    assert (rows["p_holm"] >= rows["p"]).all()
+    assert (rows["n"] == 50).all()
+    assert rows.loc[("worse", "mean"), "detectable"] < 0.01
+
+
+def test_interval_of_other_seeds_adds_welch_s_of_the_trainings_in_quadrature():
+    table = case_tables.cases(seed_sd=0.02)
+    row = statistics.compare(table, "both", DICE, ["mean"]).iloc[0]
+    assert row["low_all"] < row["low"] < row["high"] < row["high_all"]
+    means = statistics.run_means(table, DICE).query("`class` == 'mean'").groupby("system")["value"]
+    pair = [means.get_group(name) for name in ("none", "both")]
+    welch = stats.ttest_ind(*pair, equal_var=False).confidence_interval()
+    above = row["high"] - row["difference"], welch.high - row["difference"]
+    assert row["high_all"] - row["difference"] == pytest.approx(math.hypot(*above))
+    one = statistics.compare(table[table["seed"] == 0], "both", DICE, ["mean"])
+    assert one[["low_all", "high_all", "se_seeds"]].isna().all(axis=None)
+
+
+def test_comparison_is_antisymmetric():
+    table = case_tables.cases()
+    there, back = (statistics.compare(table, name, DICE) for name in ("both", "none"))
+    assert there["difference"].tolist() == pytest.approx((-back["difference"]).tolist())
+    for column in ("p", "sd_cases", "se_seeds", "detectable"):
+        assert there[column].tolist() == pytest.approx(back[column].tolist())
+
+
+def test_holm_s_family_is_what_is_asked_for():
+    table = case_tables.cases({"both": 0.0, "a": -0.002, "b": 0.003})
+    alone = statistics.compare(table, "both", DICE, ["mean"]).set_index("system")
+    assert sorted(alone["p_holm"]) == sorted(
+        [min(1, 2 * alone["p"].min()), max(alone["p"].max(), min(1, 2 * alone["p"].min()))]
+    )
+    whole = statistics.compare(table, "both")
+    assert len(whole) == 2 * 3 * 3
+    assert whole["p_holm"].min() == pytest.approx(min(1, 18 * whole["p"].min()))
+
+
+def test_only_cases_that_both_have_are_compared():
+    table = case_tables.cases(folds=(0, 1))
+    table = table[(table["system"] == "both") | (table["fold"] == 0)]
+    row = statistics.compare(table, "both", DICE, ["mean"]).iloc[0]
+    expected = statistics.compare(table[table["fold"] == 0], "both", DICE, ["mean"]).iloc[0]
+    pd.testing.assert_series_equal(row, expected)
+
+
+def test_a_difference_in_words_is_an_interval():
+    (row,) = statistics.compare(case_tables.cases(), "both", DICE, ["mean"]).to_dict("records")
+    text = statistics.in_words(row)
+    assert text.startswith("none minus both, dice, mean: -0.0")
+    assert f"interval over 20 cases {row['low']:+.3f} to {row['high']:+.3f}, " in text
+    assert f"{row['low_all']:+.3f} to {row['high_all']:+.3f} with other seeds" in text
+    assert "one seed" in statistics.in_words(row | {"se_seeds": math.nan})
+
+
+def spoilt(**changes):
+    return case_tables.cases().assign(**changes)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (spoilt(steps=lambda t: np.where(t["system"] == "both", 1500, 900)), "different budgets"),
+        (spoilt(dice=lambda t: t["dice"].where(t.index > 0)), "values that are missing"),
+        (pd.concat([spoilt(), spoilt()]), "a run's case twice"),
+        (spoilt(fold=lambda t: t["seed"]), "in more than one fold"),
+        (spoilt().drop(columns="seed"), "lacks the columns seed"),
+        (spoilt(case=lambda t: t["system"] + t["case"]), "'none' and 'both' share no case"),
+        (spoilt(system="none"), "'both' and a system to compare it with are needed, got none"),
+    ],
+)
+def test_a_table_that_would_mislead_is_refused(table, message):
+    table = table.drop_duplicates(statistics.KEYS) if (table["system"] == "none").all() else table
+    with pytest.raises(ValueError, match=message):
+        statistics.compare(table, "both", DICE)
+
+
+def test_at_equal_time_steps_may_differ():
+    table = case_tables.cases(minutes=12.0)
+    table["steps"] = np.where(table["system"] == "both", 1500, 900)
+    assert len(statistics.compare(table, "both", DICE)) == 3
