@@ -4,7 +4,8 @@
 
 The settings are those of the paper's table 8 (batch 1; BTCV and BraTS 128^3, Spleen 96^3) in fp32 and in bf16
 autocast, then BTCV with checkpoints. A row is written as soon as it is measured; a network that does not fit is a row
-that says how far it got. No new row is begun after `--minutes`.
+that says how far it got. No new row is begun after `--minutes`; rows that OUT.csv has already stay, so the same command
+goes on where it ended.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, astuple, fields
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +23,8 @@ import torch
 from srlib import provenance
 from srlib.baselines import PEERS
 from srlib.profiling import PUBLISHED, Workload, measure_apart
+
+KEY = tuple(field.name for field in fields(Workload))
 
 
 def workloads(peers: list[str], size: int | None) -> dict[Workload, str]:
@@ -54,8 +57,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()
-    start, rows = time.monotonic(), []
+    start = time.monotonic()
+    rows = pd.read_csv(options.out).to_dict("records") if options.out.exists() else []
+    measured = {tuple(row[name] for name in ("setting", *KEY)) for row in rows}
     for work, setting in workloads(options.peers, options.size).items():
+        if (setting, *astuple(work)) in measured:
+            continue
         if time.monotonic() - start > 60 * options.minutes:
             print("out of time before", setting, work)
             break

@@ -324,7 +324,8 @@ def measure_apart(
             which does not fit fails instead of driving the machine into its swap.
 
     Returns:
-        What `measure` does or, when it failed, `failed`: how far it got and why.
+        What `measure` does or, when it failed, `failed`: how far it got, why, and under which limit; a library
+        short of memory does not always say so (oneDNN: "could not create a primitive").
     """
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch is imported once for all
@@ -355,7 +356,9 @@ def _child(
     try:
         sender.send(measure(work, device, steps, sender.send))
     except Exception as error:  # short of memory torch raises a RuntimeError
-        sender.send({"failed": f"{type(error).__name__}: " + str(error).partition("\n")[0]})
+        reason = f"{type(error).__name__}: " + str(error).partition("\n")[0]
+        allowed = "" if limit is None else f" (at most {limit:g} GiB of data)"
+        sender.send({"failed": reason + allowed})
 
 
 def published(table: str) -> pd.DataFrame:

@@ -126,7 +126,6 @@ def test_measured_memory_is_the_counted_and_what_operators_use_inside(counted):
     assert measured["resident"] > 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces a limit on data")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_computed_again_is_counted_as_freed_after_its_use(precision):
     """nnU-Net's operators need little scratch: a GPU's allocator gave what is counted."""
@@ -136,11 +135,13 @@ def test_what_is_computed_again_is_counted_as_freed_after_its_use(precision):
     assert counted["peak"] == pytest.approx(measured[precision], rel=0.01)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces a limit on data")
 def test_what_does_not_fit_says_how_far_it_got():
+    """The limit stands there too: who runs short decides how it is put, and oneDNN does not name memory."""
     result = measure_apart(Workload("unet", size=128), limit=1.0)
     assert list(result) == ["failed"]
     assert result["failed"].startswith("first step: ")
-    assert "memory" in result["failed"]
+    assert result["failed"].endswith("(at most 1 GiB of data)")
 
 
 def test_an_error_without_words_is_told(monkeypatch):
