@@ -88,23 +88,41 @@ def verdict(comparison: pd.DataFrame) -> str:
 
 
 def store(profile: str, dataset: str) -> None:
-    """For maintainers: make the tables and manifests of all three seeds the reference.
+    """For maintainers: make the tables of the notebooks that were run, of each seed that was, the reference.
+
+    What else the reference holds stays, so that a change of one notebook needs no run of the others.
 
     Raises:
-        FileNotFoundError: a seed has not been computed.
+        FileNotFoundError: nothing has been computed, or a seed neither now nor before.
     """
     sources = {seed: results_dir(profile, dataset, seed) for seed in SEEDS}
-    for seed, source in sources.items():
-        if not (source / "manifest.json").is_file():
-            raise FileNotFoundError(f"seed {seed} has not been computed: no manifest in {source}")
-    for seed, source in sources.items():
-        manifest = json.loads((source / "manifest.json").read_text())
-        target = folder(profile, dataset, seed)
-        with atomic_folder(target) as partial:
-            shutil.copytree(source / "tables", partial, dirs_exist_ok=True)
-            text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-            (partial / "manifest.json").write_text(text)
-            shutil.rmtree(target, ignore_errors=True)
+    computed = {seed for seed in SEEDS if (sources[seed] / "manifest.json").is_file()}
+    if not computed:
+        raise FileNotFoundError(f"nothing has been computed: no manifest in {sources[SEEDS[0]]}")
+    for seed in set(SEEDS) - computed:
+        if not folder(profile, dataset, seed).is_dir():
+            raise FileNotFoundError(
+                f"seed {seed} has not been computed: no manifest in {sources[seed]}"
+            )
+    for seed in sorted(computed):
+        _store(sources[seed], folder(profile, dataset, seed))
+
+
+def _store(source: Path, target: Path) -> None:
+    """Put the tables and the manifest of one seed's run in the place of those of the same notebooks."""
+    manifest = json.loads((source / "manifest.json").read_text())
+    replaced = tuple(f"{notebook[:2]}-" for notebook in manifest["notebooks"])
+    with atomic_folder(target) as partial:
+        if target.is_dir():
+            before = json.loads((target / "manifest.json").read_text())
+            manifest["notebooks"] = before["notebooks"] | manifest["notebooks"]
+            for table in target.glob("*.csv"):
+                if not table.name.startswith(replaced):
+                    shutil.copy(table, partial)
+        shutil.copytree(source / "tables", partial, dirs_exist_ok=True)
+        text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+        (partial / "manifest.json").write_text(text)
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def _compare_table(name: str, computed: Path, references: Sequence[Path]) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -28,7 +29,9 @@ def write_tables(config, seed=0):
     result = train.train(dataclasses.replace(config, seed=seed))
     folder = results_dir("smoke", "mni152", seed)
     (folder / "tables").mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps({"seed": seed}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"seed": seed, "notebooks": {"03_training": {}}})
+    )
     parameters = sum(p.numel() for p in result.model.parameters())
     history = result.history[["step", "loss", "seconds"]].assign(parameters=parameters)
     (folder / "tables" / "03-history.csv").write_text("# stamp\n" + history.to_csv(index=False))
@@ -124,5 +127,35 @@ def test_a_metrics_tolerance_comes_from_that_metric_alone(folders):
 def test_a_missing_reference_is_named(folders):
     with pytest.raises(FileNotFoundError, match="no reference for profile smoke, data set mni152"):
         reference.compare("smoke", "mni152", NOTEBOOKS)
-    with pytest.raises(FileNotFoundError, match="seed 0 has not been computed"):
+    with pytest.raises(FileNotFoundError, match="nothing has been computed"):
         reference.store("smoke", "mni152")
+    write_tables(CONFIG)
+    with pytest.raises(FileNotFoundError, match="seed 1 has not been computed"):
+        reference.store("smoke", "mni152")
+
+
+def test_what_was_not_run_again_stays_stored(stored):
+    results = results_dir("smoke", "mni152")
+    before = (reference.folder("smoke", "mni152", 0) / "03-history.csv").read_text()
+    for seed in reference.SEEDS[1:]:
+        shutil.rmtree(results_dir("smoke", "mni152", seed))
+    shutil.rmtree(results / "tables")
+    (results / "tables").mkdir()
+    (results / "tables" / "05-counted.csv").write_text("parameters\n7\n")
+    (results / "manifest.json").write_text(json.dumps({"notebooks": {"05_memory": {}}}))
+    reference.store("smoke", "mni152")
+    target = reference.folder("smoke", "mni152", 0)
+    assert (target / "03-history.csv").read_text() == before
+    assert (target / "05-counted.csv").is_file()
+    assert set(json.loads((target / "manifest.json").read_text())["notebooks"]) == {
+        "03_training",
+        "05_memory",
+    }
+
+
+def test_a_table_that_a_notebook_no_longer_writes_is_dropped(stored):
+    file = results_dir("smoke", "mni152") / "tables" / "03-history.csv"
+    file.rename(file.with_name("03-other.csv"))
+    reference.store("smoke", "mni152")
+    target = reference.folder("smoke", "mni152", 0)
+    assert [table.name for table in target.glob("*.csv")] == ["03-other.csv"]
