@@ -5,7 +5,7 @@ run leaves for the repository is small: `results/reference/<dataset>/runs/<run>.
 and `<run>.json`, what it was and what it was computed with. Notebooks read these and train nothing.
 
 Two budgets are never mixed. At *equal steps* each system takes the same number of optimizer steps. At *equal time*
-a system takes as many as fit into given minutes on a laptop's CPU, by the seconds a step that
+a system takes as many as fit into given minutes on two cores of a CPU, by the seconds a step that
 `results/reference/cpu/systems.csv` holds. Steps are the budget in both, so a run may be computed on any device.
 (`python -m srlib bench systems` measures these seconds here; to store them would plan all such runs anew.)
 """

@@ -1,5 +1,6 @@
 """Verdicts: each follows its rule, a row changes when its table does, and the README shows the present ones."""
 
+import re
 import shutil
 
 import case_tables
@@ -19,7 +20,10 @@ COMPARABLE, TOM, PARTS = (
     next(claim for claim in claims.CLAIMS if claim.startswith(number)) for number in "267"
 )
 ABSTRACT = [*claims.CLAIMS][-1]
-TABLES = ("gpu/memory.csv", "memory/counted.csv", "memory/levers.csv", "cpu/systems.csv")
+TABLES = (
+    *("gpu/memory.csv", "memory/counted.csv", "memory/levers.csv"),
+    *("cpu/systems.csv", "gpu/memory_again.csv"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +123,18 @@ def test_one_seed_decides_nothing(monkeypatch):
     with_runs(monkeypatch, {"both": 0.0, "none": -0.02, "conv": -0.02}, seeds=(0,))
     found = claims.finding(TOM)
     assert found.verdict == UNTESTED
-    assert found.interval == "none: the spread of seeds is unknown"
+    assert found.interval == "none for no ToM, convolution for ToM: one training"
+
+
+def test_rivals_of_one_training_are_named_beside_intervals_of_the_others(monkeypatch):
+    cases = case_tables.cases({"both": 0.0, "none": -0.02, "conv": -0.02}, n=52)
+    once = cases[(cases["system"] != "conv") | (cases["seed"] == 0)]
+    with_runs(monkeypatch, {"both": 0.0, "none": 0.0, "conv": 0.0})
+    monkeypatch.setattr(grid, "cases", lambda name: once)
+    found = claims.finding(TOM)
+    assert re.fullmatch(
+        r"no ToM \+\S+ to \+\S+; none for convolution for ToM: one training", found.interval
+    )
 
 
 def test_wide_intervals_decide_nothing(monkeypatch):
