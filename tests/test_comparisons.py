@@ -66,16 +66,16 @@ def test_a_table_of_equal_time_says_so():
     assert comparisons.made_with(table) == expected
 
 
-GRIDS = ("tom", "peers", "peers-time", "curve")
+GRIDS = ("tom", "peers", "peers-time", "curve", "long")
 
 
 @pytest.mark.parametrize(
     ("kept", "drawn"),
     [
         (0, set()),
-        (1, {"04-error-volume", "04-hippocampus-volumes"}),
+        (1, {"04-error-volume", "04-hippocampus-volumes", "04-long"}),
         (3, {"04-equal-steps", "04-paired", "04-spread", "04-equal-time", "04-minutes"}),
-        (99, {"04-equal-steps", "04-paired", "04-equal-time", "04-minutes", "04-folds"}),
+        (99, {"04-equal-steps", "04-paired", "04-equal-time", "04-minutes", "04-long", "04-folds"}),
     ],
 )
 def test_notebook_needs_no_number_of_committed_runs(kept, drawn, planned, monkeypatch):
@@ -88,7 +88,8 @@ def test_notebook_needs_no_number_of_committed_runs(kept, drawn, planned, monkey
         monkeypatch.setattr(plots.Record, method, lambda _, what, name, **__: shown.append(name))
     names = {"PROFILE": "smoke", "DATASET": "mni152", "SEED": 0, "comparisons": comparisons}
     names |= {"plots": plots, "statistics": statistics, "SYSTEMS": grid.SYSTEMS}
-    names |= {"FOLDS": grid.FOLDS, "systems": grid.systems}
+    names |= {"FOLDS": grid.FOLDS, "systems": grid.systems, "pd": pd}
+    names |= {"MINUTES": grid.MINUTES, "LONG_MINUTES": grid.LONG_MINUTES}
     cells = nbformat.read(paths.NOTEBOOKS / "04_evaluation.ipynb", as_version=4).cells
     for cell in cells:
         if "committed" in cell.metadata.get("tags", []):
