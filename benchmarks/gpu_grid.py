@@ -17,12 +17,12 @@ import multiprocessing
 import tarfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import reduce
 from pathlib import Path
-from typing import Any
 
-from srlib import grid, paths
+from srlib import grid, model, paths, tom
+from srlib.levers import kept
 from srlib.runs import RunConfig
+from srlib.scan import mixer
 
 
 def wanted(choice: str) -> list[RunConfig]:
@@ -39,16 +39,8 @@ def wanted(choice: str) -> list[RunConfig]:
 
 def keep_activations() -> None:
     """In a worker: nothing is computed again for the backward pass."""
-    from srlib import model, tom
-    from srlib.scan import mixer
-
     for module in (model, tom, mixer):
         module.recomputed = kept  # type: ignore[attr-defined]
-
-
-def kept(x: Any, *functions: Any) -> Any:
-    """As `srlib.recompute.recomputed`, but autograd keeps what it likes."""
-    return reduce(lambda value, function: function(value), functions, x)
 
 
 def compute(configs: list[RunConfig], processes: int, seconds: float, out: Path) -> None:

@@ -157,7 +157,7 @@ def _with_levers() -> str:
 
 
 def _of_times() -> str:
-    """Times of the GPU that cannot be right, and those of the networks that are trained for the comparison of Dice."""
+    """What else the times of the GPU depend on, and those of the networks that are trained to compare Dice."""
     fastest = _as_is("gpu/memory.csv").pivot_table("step_s", "peer", "size", aggfunc="min")
     odd = fastest.index[fastest.T.sort_index().diff().min() < 0].map(TITLES)
     seconds = _read("cpu/systems.csv").set_index("system")["step_seconds"]

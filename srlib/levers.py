@@ -78,7 +78,7 @@ def arranged(levers: Sequence[str]) -> Iterator[None]:
     undone: dict[str, list[tuple[str, Any]]] = {
         "tom": [("srlib.tom.TriOrientedMamba.forward", tom_by_definition)],
         "copies": [("srlib.scan.mixer._can_fuse", lambda *_: False)],
-        "norms": [("srlib.model.recomputed", _kept)],
+        "norms": [("srlib.model.recomputed", kept)],
     }
     with ExitStack() as stack:
         for lever, replacements in undone.items():
@@ -88,7 +88,7 @@ def arranged(levers: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def _kept(x: Any, *functions: Any) -> Any:
+def kept(x: Any, *functions: Any) -> Any:
     """As `recomputed`, but autograd keeps what it likes."""
     return reduce(lambda value, function: function(value), functions, x)
 
