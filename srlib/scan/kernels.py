@@ -104,11 +104,22 @@ def _scatter(target, tile, b, channel, places):
 
 
 @_helper
-def _scatter_tokens(target, sums, b, n, places):
+def _whole_and_consecutive(places):
+    """A chunk of CHUNK tokens that follow each other in memory."""
+    consecutive = len(places) == CHUNK
+    for t in range(
+        1, len(places)
+    ):  # each: in the inter-slice order the ends alone may look like it
+        consecutive &= places[t] - places[t - 1] == 1
+    return consecutive
+
+
+@_helper
+def _scatter_tokens(target, sums, b, n, places, in_vectors):
     """target[b, n, places[t]] = the t-th of CHUNK floats that begin in row n * CHUNK // 16 of `sums`."""
     count = len(places)
     row = n * CHUNK // LANES
-    if count == CHUNK and target.strides[2] == 4 and places[count - 1] - places[0] == count - 1:
+    if in_vectors and target.strides[2] == 4:
         for k in range(CHUNK // LANES):
             store(target, (b, n, places[0] + k * LANES), load(sums, row + k))
     else:
@@ -302,9 +313,10 @@ def backward(
                     store(out, t, load(out, t) * load(gates, t))
                 _scatter(dz, out, b, channel, inside)
 
+        in_vectors = _whole_and_consecutive(inside)
         for n in range(nstates):
-            _scatter_tokens(dB, dBs, b, n, inside)
-            _scatter_tokens(dC, dCs, b, n, inside)
+            _scatter_tokens(dB, dBs, b, n, inside, in_vectors)
+            _scatter_tokens(dC, dCs, b, n, inside, in_vectors)
 
 
 @_helper
