@@ -22,7 +22,7 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 
-from srlib import ablations, grid, paths, provenance, runs, train
+from srlib import grid, paths, provenance, runs, train
 
 STEPS = 9  # of one training
 WARM_UP = 3
@@ -54,7 +54,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     rows = [
-        {"system": key, "title": system.title, **ablations.cost(key)}
+        {"system": key, "title": system.title, **grid.cost(key)}
         for key, system in grid.SYSTEMS.items()
     ]
     seconds: dict[str, list[float]] = {system: [] for system in grid.SYSTEMS}

@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from srlib.scan import ORDERS, token_order
-from srlib.volumes import PLANES, Scan, case_view, full_window, fullest, order_view
+from srlib.volumes import PLANES, CaseView, case_view, full_window, fullest, order_view
 
 AXES = "DHW"
 
@@ -70,7 +70,7 @@ class Explorer(widgets.VBox):
 
 
 def explore_cases(
-    load: Callable[[str], Scan],
+    load: Callable[[str], CaseView],
     case_ids: Sequence[str],
     classes: Sequence[str],
     spacing: Sequence[float],

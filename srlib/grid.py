@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from srlib import cue, paths, provenance
 from srlib.baselines import SMALL
 from srlib.evaluate import evaluate
 from srlib.runs import SOURCES, RunConfig, config_for, run_dir
-from srlib.train import train
+from srlib.train import build_model, train
 
 DATASET = "hippocampus"
 SEEDS = (0, 1, 2)
@@ -354,3 +356,54 @@ def _keep(config: RunConfig, table: str, record: str) -> None:
     ):
         with paths.atomic_path(file) as temporary:
             temporary.write_text(text)
+
+
+# --- For the notebooks ----------------------------------------------------------------------------
+
+
+def committed(*names: str) -> pd.DataFrame:
+    """The finished runs of some grids of one budget: the columns of `cases`, and `device`.
+
+    A run that two grids hold comes once. For each grid a line says how much of it is there; where that is nothing,
+    there are no rows.
+    """
+    tables = []
+    for name in names:
+        try:
+            found, done = cases(name), runs(name)
+        except FileNotFoundError:  # what decides its steps or learning rates is not there yet
+            print(f"grid {name}: the repository holds nothing of it yet")
+            continue
+        print(f"grid {name}: the repository holds {len(done)} of {len(planned(name))} runs")
+        if len(found):
+            tables.append(found.merge(done[["dataset", "run", "device"]]))
+    if not tables:
+        return pd.DataFrame(columns=[*KEY, *COLUMNS, "device"])
+    return pd.concat(tables, ignore_index=True).drop_duplicates(
+        ["dataset", "run", "minutes", "case", "class"]
+    )
+
+
+def made_with(cases: pd.DataFrame) -> str:
+    """Cases, folds, seeds, steps and devices of a table of `committed`, for the stamp of a figure."""
+    steps = f"{cases['steps'].iloc[0]:,} steps"
+    if cases["steps"].nunique() > 1:
+        steps = f"the steps of {_span(cases['minutes'])} minutes"
+    where = f"{'/'.join(cases['dataset'].unique())}, {cases['case'].nunique()} cases"
+    seeds = f"fold {_span(cases['fold'])}, seed {_span(cases['seed'])}"
+    return " | ".join((where, seeds, steps, "/".join(cases["device"].unique())))
+
+
+def _span(values: pd.Series) -> str:
+    low, high = values.min(), values.max()
+    return f"{low:g}" if low == high else f"{low:g}-{high:g}"
+
+
+def cost(system: str) -> dict[str, float]:
+    """Parameters of a system, and GMACs of one forward pass of one patch of the default profile."""
+    config = config_for("default", DATASET, **SYSTEMS[system].settings)
+    network = build_model(config)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 1, *config.patch_size))
+    parameters = sum(p.numel() for p in network.parameters())
+    return {"parameters": parameters, "gmacs": counter.get_total_flops() / 2e9}

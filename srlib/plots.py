@@ -1,8 +1,7 @@
-"""Figures and tables of the notebooks: one visual language, one way to write them down.
+"""Figures and tables of a notebook: written down with what they were computed with, and displayed.
 
-A `Record` says what a notebook works with; its `show` and `table` write a figure or a table, stamped,
-and display it. The figures come from `srlib.figures` (charts) and `srlib.volumes` (slices of volumes, paths
-through them); all of them can be imported here.
+The figures come from `srlib.figures` (charts) and `srlib.volumes` (slices of volumes, paths through them); what
+notebooks use of both can be imported here.
 """
 
 from __future__ import annotations
@@ -19,90 +18,23 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 from srlib import data, provenance, runs
-from srlib.figures import (
-    BLUE,
-    CLASS_COLOURS,
-    GREEN,
-    GREY,
-    MARKERS,
-    METRICS,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    YELLOW,
-    beside_bars,
-    diagram,
-    heat_maps,
-    metric_strips,
-    plain_ticks,
-    signals,
-    stacked_bars,
-    subplots,
-    volume_agreement,
-)
+from srlib.figures import *  # noqa: F403
+from srlib.figures import GREY
 from srlib.paths import atomic_path, results_dir
-from srlib.volumes import (
-    PLANES,
-    Scan,
-    Tile,
-    case_view,
-    full_window,
-    fullest,
-    gallery,
-    order_view,
-    scan_paths,
-    surface_map,
-    tiles,
-)
-
-__all__ = [
-    "BLUE",
-    "CLASS_COLOURS",
-    "GREEN",
-    "GREY",
-    "MARKERS",
-    "METRICS",
-    "ORANGE",
-    "PLANES",
-    "PURPLE",
-    "SKY",
-    "VERMILLION",
-    "YELLOW",
-    "Record",
-    "Scan",
-    "Tile",
-    "beside_bars",
-    "case_view",
-    "diagram",
-    "full_window",
-    "fullest",
-    "gallery",
-    "heat_maps",
-    "metric_strips",
-    "order_view",
-    "plain_ticks",
-    "scan_paths",
-    "signals",
-    "stacked_bars",
-    "subplots",
-    "surface_map",
-    "tiles",
-    "volume_agreement",
-]
+from srlib.volumes import *  # noqa: F403
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where a notebook's figures and tables go, and what they are stamped with.
+    """Folder of a notebook's figures and tables, and the stamp that they get.
 
     Args:
         profile: name of the profile that the notebook runs with.
         dataset: name of its data set's entry in the registry.
         seed: the seed of what is shown.
-        inputs: what the shown numbers come from; `None` means the data set.
-        reference: of what is read from tables that the repository holds, what those were computed with; it
-            is stamped instead of profile, data, device and seed, which had no part in it.
+        inputs: source of the shown numbers; `None` means the data set.
+        reference: provenance of tables that the repository holds; stamped instead of profile, data, device and
+            seed, which had no part in them.
     """
 
     profile: str
@@ -128,10 +60,9 @@ class Record:
         """Stamp a figure, write it as PNG (300 dpi) and SVG, and display it in the notebook.
 
         Args:
-            figure: what one of the functions below returned.
+            figure: as a function of `srlib.figures` or `srlib.volumes` returns it.
             name: file name without suffix, unique in the collection, as in `04-cases`.
-            alt: what a reader who does not see the figure must be told; it goes into the files, the
-                notebook and its page.
+            alt: text for readers who do not see the figure; it goes into the files, the notebook and its page.
 
         Raises:
             ValueError: for an empty `alt`.
@@ -151,9 +82,10 @@ class Record:
         with atomic_path(folder / f"{name}.svg") as path:
             figure.savefig(path, metadata=about | {"Date": None})
         inline = io.BytesIO()
-        figure.savefig(inline, format="png", dpi=100)
+        figure.savefig(inline, format="png", dpi=200)
         bundle = {"image/png": base64.b64encode(inline.getvalue()).decode(), "text/plain": alt}
-        display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
+        shown = {"alt": alt, "width": round(100 * figure.get_figwidth())}  # sharp on any screen
+        display(bundle, raw=True, metadata={"image/png": shown})
 
     def table(
         self, table: pd.DataFrame, name: str, digits: int = 3, html: str | None = None
@@ -164,7 +96,7 @@ class Record:
             table: its index is not written; one that means something is made a column first.
             name: file name without suffix, unique in the collection.
             digits: decimals displayed; the file holds six significant digits.
-            html: what is displayed instead of its plain form.
+            html: displayed instead of the plain form.
         """
         folder = results_dir(self.profile, self.dataset, self.seed) / "tables"
         path = folder / f"{name}.csv"

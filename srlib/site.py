@@ -50,10 +50,11 @@ def with_alt_text(notebook: Any) -> Any:
         notebook: as read by nbformat; changed in place and returned.
     """
     for output in itertools.chain(*(cell.get("outputs", []) for cell in notebook.cells)):
-        alt = output.get("metadata", {}).get("image/png", {}).get("alt")
-        if alt:
+        shown = output.get("metadata", {}).get("image/png", {})
+        if "alt" in shown:
             source = "data:image/png;base64," + "".join(output["data"]["image/png"]).strip()
-            output["data"] = {"text/html": f'<img alt="{escape(alt)}" src="{source}">'}
+            size = f'alt="{escape(shown["alt"])}" width="{shown.get("width", "")}"'
+            output["data"] = {"text/html": f'<img {size} src="{source}">'}
     return notebook
 
 

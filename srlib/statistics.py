@@ -158,7 +158,7 @@ def compare(
     return table
 
 
-def in_words(row: Mapping[str, Any]) -> str:
+def in_words(row: Mapping[Any, Any]) -> str:
     """One row of `compare` as a sentence; that there is no difference is an interval, too."""
     number = "{:+.3f}".format
     seeds = "one seed"
@@ -170,6 +170,29 @@ def in_words(row: Mapping[str, Any]) -> str:
         f"{number(row['high'])}, {seeds}; corrected p {row['p_holm']:.2g}; "
         f"a difference of {row['detectable']:.3f} could have been shown)"
     )
+
+
+def effect(row: Mapping[Any, Any]) -> str:
+    """Direction of a row of `compare` where other cases and other seeds leave no doubt."""
+    if math.isnan(row["se_seeds"]):
+        return "one seed only"
+    if row["low_all"] <= 0 <= row["high_all"]:
+        return "no difference shown"
+    return "better" if row["difference"] > 0 else "worse"
+
+
+def interval_in_points(row: Mapping[Any, Any]) -> tuple[float, float]:
+    """95 % interval of a difference in Dice points: for other cases and seeds, of one seed for other cases alone."""
+    over = "" if math.isnan(row["se_seeds"]) else "_all"
+    return 100 * row[f"low{over}"], 100 * row[f"high{over}"]
+
+
+def volume_ranks(cases: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """Rank correlation (Spearman) of 1 - Dice with the reference volume for each class, and its p."""
+    return {
+        str(name): tuple(stats.spearmanr(rows["volume_ref_ml"], 1 - rows["dice"]))
+        for name, rows in cases.groupby("class", sort=False)
+    }
 
 
 def interval(values: ArrayLike) -> tuple[float, float]:

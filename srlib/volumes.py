@@ -19,11 +19,11 @@ from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from numpy.typing import ArrayLike
 
-from srlib.figures import BLUE, CLASS_COLOURS, GREY, PURPLE, VERMILLION, subplots
+from srlib.figures import BLUE, CLASS_COLOURS, GREEN, GREY, PURPLE, VERMILLION, subplots
 
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # plane -> the array axis that it cuts
 AXIS_LABELS = ("left to right, mm", "back to front, mm", "bottom to top, mm")
-DASHES: tuple[Any, Any] = ("-", (0, (3, 1.5)))  # of the first and the second label map of a case
+DASHES: tuple[Any, Any] = ("-", (0, (3, 1.5)))  # the first and the second label map of a case
 
 
 class Tile(NamedTuple):
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     filled: bool = False
 
 
-class Scan(NamedTuple):
+class CaseView(NamedTuple):
     """A case to look at.
 
     Attributes:
@@ -87,7 +87,7 @@ def tiles(
 
 
 def case_view(
-    scan: Scan,
+    case: CaseView,
     classes: Sequence[str],
     spacing: Sequence[float],
     plane: str = "axial",
@@ -98,7 +98,7 @@ def case_view(
     """One slice of a case with outlines of its label maps, its metrics beside it.
 
     Args:
-        scan: the case.
+        case: the case.
         classes: names of the labels 1, 2, ...
         spacing: of the voxels, in mm.
         plane: one of `PLANES`.
@@ -107,24 +107,24 @@ def case_view(
         shown: the classes and the label maps that are outlined, by name; `None` means all.
     """
     cut = PLANES[plane]
-    at = fullest(next(iter(scan.labels.values())))[cut] if at is None else at
+    at = fullest(next(iter(case.labels.values())))[cut] if at is None else at
     figure, axis = subplots(height=4.2)
     axis.set_position((0.1, 0.16, 0.56, 0.76))  # the same for every slice
     axis.locator_params(nbins=5)
-    _draw_image(axis, scan.image, cut, at, spacing, window or full_window(scan.image))
-    visible = set(classes) | set(scan.labels) if shown is None else set(shown)
+    _draw_image(axis, case.image, cut, at, spacing, window or full_window(case.image))
+    visible = set(classes) | set(case.labels) if shown is None else set(shown)
     drawn = [k for k, name in enumerate(classes) if name in visible]
     key = [handle for handle in _key(classes) if handle.get_label() in visible]
-    for (name, labels), dash in zip(scan.labels.items(), DASHES, strict=False):
+    for (name, labels), dash in zip(case.labels.items(), DASHES, strict=False):
         if name in visible:
             _draw_labels(axis, labels, cut, at, spacing, drawn, linestyles=[dash])
             key.append(Line2D([], [], color=GREY, linestyle=dash, label=name))
-    axis.set(title=f"{plane} slice {at} (0 to {np.shape(scan.image)[cut] - 1})")
+    axis.set(title=f"{plane} slice {at} (0 to {np.shape(case.image)[cut] - 1})")
     figure.legend(handles=key, loc="upper left", bbox_to_anchor=(0.68, 0.94))
     lines = [
         f"{row['class']}\n  Dice {row['dice']:.3f}\n  NSD {row['nsd']:.3f}\n  HD95 {row['hd95']:.1f} mm\n"
         f"  {row['volume_pred_ml']:.4g} ml, reference {row['volume_ref_ml']:.4g} ml\n"
-        for row in ([] if scan.metrics is None else scan.metrics.to_dict("records"))
+        for row in ([] if case.metrics is None else case.metrics.to_dict("records"))
     ]
     figure.text(0.69, 0.14, "\n".join(lines), size=8, va="bottom", linespacing=1.4)
     return figure
@@ -213,7 +213,8 @@ def gallery(
 def surface_map(image: ArrayLike, distances: ArrayLike, spacing: Sequence[float]) -> Figure:
     """A predicted surface in three planes through its worst voxel, coloured by its distance from the reference's.
 
-    The image is dimmed: a surface voxel without an error is almost white.
+    The planes are cut to the surface and the image is dimmed: a surface voxel without an error is almost white. A
+    circle marks the worst voxel, and a histogram shows all distances.
 
     Args:
         image: (D, H, W).
@@ -221,27 +222,32 @@ def surface_map(image: ArrayLike, distances: ArrayLike, spacing: Sequence[float]
         spacing: of the voxels, in mm.
     """
     values = np.asarray(distances)
-    furthest = np.nanmax(np.abs(values))
-    at = [int(i) for i in np.unravel_index(np.nanargmax(np.abs(values)), values.shape)]
-    reach = max(float(furthest), min(spacing))  # a perfect surface has a scale, too
+    at = np.array(np.unravel_index(np.nanargmax(np.abs(values)), values.shape))
+    reach = max(
+        float(np.nanmax(np.abs(values))), min(spacing)
+    )  # a perfect surface has a scale, too
+    found = np.argwhere(~np.isnan(values))
+    low, high = (found.min(axis=0) - 2) * spacing, (found.max(axis=0) + 3) * spacing
     width, level = full_window(image)
     dim = 2.5 * width, level + 0.75 * width  # as dark at its lower end, grey at its upper one
-    figure, axes = subplots(1, 3, height=3.3)
-    for axis, (plane, cut) in zip(axes, PLANES.items(), strict=True):
+    colours: dict[str, Any] = {"cmap": "PuOr_r", "norm": Normalize(-reach, reach)}
+    figure, axes = subplots(2, 2, height=6.2)
+    for axis, (plane, cut) in zip(axes.flat, PLANES.items(), strict=False):
         _draw_image(axis, image, cut, at[cut], spacing, dim)
         box = (*axis.get_xlim(), *axis.get_ylim())
-        drawn = axis.imshow(
-            np.take(values, at[cut], axis=cut).T,
-            origin="lower",
-            extent=box,
-            cmap="PuOr_r",
-            norm=Normalize(-reach, reach),
-        )
+        surface = np.take(values, at[cut], axis=cut).T
+        drawn = axis.imshow(surface, origin="lower", extent=box, **colours)
+        across, up = (k for k in range(3) if k != cut)
+        worst = (at[[across, up]] + 0.5) * np.take(spacing, [across, up])
+        axis.plot(*worst, "o", markersize=11, markerfacecolor="none", color=GREEN)
+        axis.set(xlim=(low[across], high[across]), ylim=(low[up], high[up]))
         axis.set(title=f"{plane} slice {at[cut]}")
         axis.locator_params(nbins=4)
-    figure.colorbar(
-        drawn, ax=axes, label="mm, inside (-) or outside (+)", location="bottom", shrink=0.5
-    )
+    shares = np.full(len(found), 100 / len(found))
+    axes[1, 1].hist(values[tuple(found.T)], 40, weights=shares, color=GREY)
+    axes[1, 1].set(xlabel="distance (mm)", ylabel="share of the surface's voxels (%)", yscale="log")
+    label = "mm, inside (-) or outside (+); circle: the worst voxel"
+    figure.colorbar(drawn, ax=axes, label=label, location="bottom", shrink=0.5)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""What the repository holds of the grids, none of it yet, some or all; and the words for it."""
+"""What the repository holds of the grids, none of it yet, some or all."""
 
 import json
 
@@ -7,7 +7,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from srlib import comparisons, grid, paths, plots, statistics
+from srlib import grid, paths, plots, statistics
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def keep(config):
 
 
 def test_nothing_is_there_yet(reference, capsys):
-    table = comparisons.committed("tom", "peers")
+    table = grid.committed("tom", "peers")
     assert table.empty
     assert {"system", "title", "dice", "device"} <= set(table)
     assert capsys.readouterr().out.splitlines() == [
@@ -43,16 +43,16 @@ def test_nothing_is_there_yet(reference, capsys):
 
 
 def test_a_run_of_two_grids_comes_once(planned, capsys):
-    assert comparisons.committed("tom").empty
+    assert grid.committed("tom").empty
     (both,) = set(grid.configs("tom")[:3]) & set(grid.configs("peers"))
     others = grid.configs("tom")[1], grid.configs("peers")[1]
     for config in (both, *others):
         keep(config)
-    table = comparisons.committed("tom", "peers")
+    table = grid.committed("tom", "peers")
     assert len(table) == 3 * 6 * 2
     assert table["system"].unique().tolist() == ["both", *map(grid.system_of, others)]
     assert "grid peers: the repository holds 2 of 21 runs" in capsys.readouterr().out
-    assert comparisons.made_with(table) == (
+    assert grid.made_with(table) == (
         "hippocampus, 6 cases | fold 0, seed 0 | 1,800 steps | a device"
     )
 
@@ -63,7 +63,7 @@ def test_a_table_of_equal_time_says_so():
         for fold, (minutes, steps) in enumerate(((3.0, 100), (12.0, 400)))
     )
     expected = "made up, 20 cases | fold 0-1, seed 0-2 | the steps of 3-12 minutes | no device"
-    assert comparisons.made_with(table) == expected
+    assert grid.made_with(table) == expected
 
 
 GRIDS = ("tom", "peers", "peers-time", "curve", "long")
@@ -74,7 +74,6 @@ GRIDS = ("tom", "peers", "peers-time", "curve", "long")
     [
         (0, set()),
         (1, {"04-error-volume", "04-hippocampus-volumes", "04-long"}),
-        (3, {"04-equal-steps", "04-paired", "04-spread", "04-equal-time", "04-minutes"}),
         (99, {"04-equal-steps", "04-paired", "04-equal-time", "04-minutes", "04-long", "04-folds"}),
     ],
 )
@@ -86,8 +85,13 @@ def test_notebook_needs_no_number_of_committed_runs(kept, drawn, planned, monkey
     shown = []
     for method in ("show", "table"):
         monkeypatch.setattr(plots.Record, method, lambda _, what, name, **__: shown.append(name))
-    names = {"PROFILE": "smoke", "DATASET": "mni152", "SEED": 0, "comparisons": comparisons}
-    names |= {"plots": plots, "statistics": statistics, "SYSTEMS": grid.SYSTEMS}
+    names = {"PROFILE": "smoke", "DATASET": "mni152", "SEED": 0, "committed": grid.committed}
+    names |= {
+        "made_with": grid.made_with,
+        "plots": plots,
+        "statistics": statistics,
+        "SYSTEMS": grid.SYSTEMS,
+    }
     names |= {"FOLDS": grid.FOLDS, "systems": grid.systems, "pd": pd}
     names |= {"MINUTES": grid.MINUTES, "LONG_MINUTES": grid.LONG_MINUTES}
     cells = nbformat.read(paths.NOTEBOOKS / "04_evaluation.ipynb", as_version=4).cells
@@ -98,12 +102,7 @@ def test_notebook_needs_no_number_of_committed_runs(kept, drawn, planned, monkey
     assert kept or not shown
 
 
-def test_a_system_far_off_does_not_set_the_scale():
-    table = case_tables.cases({"both": 0.0, "none": -0.01, "conv": 0.01, "far": -0.5})
-    for figure in (comparisons.interval_rows(table), comparisons.paired_rows(table, "both")):
-        axis = figure.axes[0]
-        low, high = axis.get_xlim()
-        assert high - low < 0.3
-        labels = [text.get_text() for text in figure.legends[0].get_texts()]
-        assert len(labels) == len(set(labels))
-        assert [text.get_text()[1] for text in axis.texts].count("\N{LEFTWARDS ARROW}") == 1
+def test_costs_are_those_of_the_committed_table():
+    found, stored = grid.cost("none"), grid.systems().loc["none"]
+    assert found["parameters"] == stored["parameters"]
+    assert found["gmacs"] == pytest.approx(stored["gmacs"], rel=1e-4)

@@ -13,13 +13,13 @@ from srlib import explore, plots
 CLASSES = ("grey matter", "white matter")
 
 
-def load(case_id: str) -> plots.Scan:
+def load(case_id: str) -> plots.CaseView:
     """Two cases of different shape."""
     shape = {"small": (6, 8, 10), "large": (12, 14, 16)}[case_id]
     labels = np.zeros(shape, dtype=int)
     labels[1:4, 2:6, 5], labels[4:6, 2:6, 5] = 1, 2
     image = np.random.default_rng(0).normal(size=shape)
-    return plots.Scan(image, {"reference": labels, "prediction": np.roll(labels, 1, axis=0)})
+    return plots.CaseView(image, {"reference": labels, "prediction": np.roll(labels, 1, axis=0)})
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_seconds_a_step_are_stored_only_when_asked_to(reference, monkeypatch, op
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "step_seconds", lambda system: [0.5])
-    monkeypatch.setattr(module.ablations, "cost", lambda system: {"parameters": 1})
+    monkeypatch.setattr(module.grid, "cost", lambda system: {"parameters": 1})
     monkeypatch.setattr("sys.argv", ["systems", *options])
     module.main()
     assert grid.systems()["step_seconds"]["both"] == (0.5 if options else 0.4)

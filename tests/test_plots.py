@@ -16,7 +16,7 @@ from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
-from srlib import comparisons, plots, site
+from srlib import cue, plots, site
 from srlib.scan import ORDERS, token_order
 
 SHAPE, CLASSES, SPACING = (8, 10, 6), ("grey matter", "white matter"), (1.0, 2.0, 3.0)
@@ -97,7 +97,7 @@ def draw_gallery():
 
 
 def draw_case():
-    scan = plots.Scan(VOLUME, {"reference": LABELS, "prediction": SHIFTED}, metrics_table()[:2])
+    scan = plots.CaseView(VOLUME, {"reference": LABELS, "prediction": SHIFTED}, metrics_table()[:2])
     return plots.case_view(scan, CLASSES, SPACING)
 
 
@@ -114,13 +114,32 @@ def draw_surface():
 def draw_minutes():
     tables = [case_tables.cases(SYSTEMS, n=8, minutes=minutes) for minutes in (1.5, 3)]
     panels = {"one": ["both", "conv"], "two": ["both", "none", "absent"]}
-    return comparisons.dice_over_minutes(pd.concat(tables), panels)
+    return plots.dice_over_minutes(pd.concat(tables), panels)
 
 
 def draw_reliability():
     random = np.random.default_rng(0)
     sums = {"voxels": 9, "predicted": np.arange(9), "observed": 9 * random.uniform(size=9)}
-    return comparisons.reliability(pd.DataFrame({"class": ["a"] * 5 + ["b"] * 4, **sums}))
+    return plots.reliability(pd.DataFrame({"class": ["a"] * 5 + ["b"] * 4, **sums}))
+
+
+def draw_claims():
+    table = pd.DataFrame({"published": [0.4, 1.7], "here": [0.2, 0.7], "low": [0.1, 0.6]})
+    table = table.assign(high=[0.3, np.nan]).set_axis(["SegMamba", "UNETR"])
+    return plots.beside_bars({"memory, multiple of the rival's": (table, 0.5)}, log=True)
+
+
+def costs():
+    """Four networks of one cost, the last with an interval ten times as long."""
+    rows = pd.DataFrame({"title": ["a", "b", "c", "d"], "points": [0.0, -1, 1, 2]})
+    rows = rows.assign(low=[0.0, -1.3, 0.8, -8.0], high=[0.0, -0.7, 1.2, 12.0])
+    return rows.assign(parameters=7.0, gmacs=1.5, step_seconds=0.4)
+
+
+def accuracy():
+    key = {"title": "SegResMamba", "system": "segresmamba", "found": 1.0}
+    table = pd.DataFrame({"distance": [4, 4, 64, 64], "accuracy": [1.0, 0.9, 0.5, 0.6], **key})
+    return table.assign(seed=[0, 1] * 2)
 
 
 SYSTEMS = {"both": 0.0, "none": -0.01, "conv": 0.005}
@@ -139,16 +158,20 @@ FIGURES = {
     "metric_strips": lambda: plots.metric_strips(metrics_table()),
     "volume_agreement": lambda: plots.volume_agreement(metrics_table()),
     "surface_map": draw_surface,
-    "interval_rows": lambda: comparisons.interval_rows(CASES),
-    "paired_rows": lambda: comparisons.paired_rows(CASES, "both"),
-    "error_by_volume": lambda: comparisons.error_by_volume(FIRST),
+    "interval_rows": lambda: plots.interval_rows(CASES),
+    "paired_rows": lambda: plots.paired_rows(CASES, "both"),
+    "error_by_volume": lambda: plots.error_by_volume(FIRST),
     "dice_over_minutes": draw_minutes,
     "reliability": draw_reliability,
+    "cost_and_gain": lambda: plots.cost_and_gain(costs()),
+    "cue_volumes": lambda: plots.cue_volumes((8, 64), number=2),
+    "accuracy_by_distance": lambda: plots.accuracy_by_distance(accuracy()),
+    "beside_bars": draw_claims,
 }
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_each_figure_is_readable(name, record, displayed, monkeypatch):
+def test_each_figure_is_readable(name, record, monkeypatch):
     problems, draw = [], Text.draw
 
     def checked_draw(text, renderer):
@@ -162,7 +185,7 @@ def test_each_figure_is_readable(name, record, displayed, monkeypatch):
             problems.append(f"{text.get_text()!r} is too small")
 
     monkeypatch.setattr(Text, "draw", checked_draw)
-    record.show(FIGURES[name](), name, alt="what it shows")
+    FigureCanvasAgg(FIGURES[name]()).draw()
     assert not problems
 
 
@@ -170,8 +193,9 @@ def test_a_long_stamp_stays_within_the_figure(record, displayed, monkeypatch):
     monkeypatch.setattr(plots.Record, "stamp", lambda _: "fold 0, seed 0-2 | " * 9)
     figure = draw_signals()
     record.show(figure, "curves", alt="two curves")
+    renderer = FigureCanvasAgg(figure).get_renderer()
     for line in figure.texts:
-        assert figure.bbox.x1 > line.get_window_extent().x1
+        assert figure.bbox.x1 > line.get_window_extent(renderer).x1
     assert len(figure.texts) == 2
 
 
@@ -280,7 +304,7 @@ def test_outline_encloses_a_structure_at_the_border_in_mm():
 def test_case_view_draws_the_slice_window_and_outlines_that_are_asked_for():
     labels = LABELS.copy()
     labels[6, 8, 4] = 1
-    scan = plots.Scan(VOLUME, {"reference": labels, "prediction": SHIFTED})
+    scan = plots.CaseView(VOLUME, {"reference": labels, "prediction": SHIFTED})
     view = plots.case_view(scan, CLASSES, SPACING, "coronal", 8, window=(2, 5))
     axis = view.axes[0]
     (picture,) = axis.images
@@ -307,3 +331,84 @@ def test_order_view_tells_how_far_apart_two_voxels_are():
     FigureCanvasAgg(figure).draw()
     steps = sum(len(lines.get_segments()) for lines in path.collections[:2])
     assert steps == 10
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_metric_strips_show_each_case_and_the_quartiles():
+    table = metrics_table()
+    axis = plots.metric_strips(table).axes[0]
+    for name, points in zip(CLASSES, axis.collections, strict=True):
+        values = table.loc[table["class"] == name, "dice"]
+        assert sorted(points.get_offsets()[:, 1]) == pytest.approx(sorted(values))
+        low, middle, high = np.percentile(values, (25, 50, 75))
+        drawn = [line.get_ydata() for line in axis.lines]
+        assert any(np.allclose(y, [low, low, high, high, low]) for y in drawn if len(y) == 5)
+        assert any(np.allclose(y, middle) for y in drawn)
+
+
+def test_paired_rows_show_every_case_once_as_a_point_or_counted_at_the_rim():
+    cases = case_tables.cases({"both": 0.0, "none": -0.01}, n=60)
+    for seed in (0, 1, 2):  # one case in which the other network fails
+        failed = (cases["system"] == "none") & (cases["case"] == cases["case"].iloc[0])
+        cases.loc[failed & (cases["seed"] == seed), "dice"] -= 0.5
+    figure = plots.paired_rows(cases, "both")
+    axis = figure.axes[0]
+    FigureCanvasAgg(figure).draw()
+    counted = [
+        t.get_text()[1:]
+        for t in axis.texts
+        if t.get_text()[0] == "\N{BLACK LEFT-POINTING SMALL TRIANGLE}"
+    ]
+    counted += [
+        t.get_text()[:-1]
+        for t in axis.texts
+        if t.get_text()[-1] == "\N{BLACK RIGHT-POINTING SMALL TRIANGLE}"
+    ]
+    (points,) = [c for c in axis.collections if len(c.get_offsets()) > 1]
+    assert len(points.get_offsets()) + sum(map(int, counted)) == 60
+    assert axis.get_xlim()[0] > -0.3
+    assert sorted(legend(figure)) == sorted(
+        ["one case", "other seeds, too", "mean, 95 % interval", "too small for these cases to show"]
+    )
+
+
+def test_a_long_training_is_not_joined_to_the_budgets_of_the_curve():
+    tables = [case_tables.cases({"both": 0.0}, n=8, minutes=minutes) for minutes in (3, 12, 60)]
+    (axis,) = plots.dice_over_minutes(pd.concat(tables), {"": ["both"]}).axes
+    assert [len(bars.lines[0].get_xdata()) for bars in axis.containers] == [1, 2]
+
+
+def test_an_interval_that_would_set_the_scale_is_cut_and_named():
+    figure = plots.cost_and_gain(costs())
+    assert legend(figure) == ["a", "b", "c", "d (-8.0 to +12.0)"]
+    assert [len(axis.containers) for axis in figure.axes] == [4, 4, 4]
+    assert figure.axes[0].get_ylim()[1] < 3
+
+
+def test_cue_volumes_frame_the_cubes_in_the_colour_of_their_class():
+    rows = cue.rows_of(2, cue.Recipe(8))
+    for axis in plots.cue_volumes((8, 64), number=2).axes:
+        frames = [(p.get_x() + 1.5, p.get_y() + 1.5, p.get_edgecolor()) for p in axis.patches[:4]]
+        assert [(x, y) for x, y, _ in frames] == list(zip(rows.target[:4], rows.y[:4], strict=True))
+        assert len({colour for *_, colour in frames}) == len(set(rows.value[:4]))
+
+
+def test_accuracy_by_distance_draws_means_over_seeds():
+    (axis,) = plots.accuracy_by_distance(accuracy()).axes
+    assert axis.lines[0].get_ydata().tolist() == pytest.approx([0.95, 0.55])
+    assert sum(len(points.get_offsets()) for points in axis.collections) == 4
+
+
+def test_the_surface_map_is_cut_to_the_surface_and_marks_its_worst_voxel():
+    distances = np.full((20, 24, 16), np.nan)
+    distances[5:9, 6:9, 3:7] = 0.5
+    distances[8, 7, 4] = -3
+    figure = plots.surface_map(np.zeros_like(distances), distances, SPACING)
+    sagittal, coronal, axial, histogram, _ = figure.axes
+    assert sagittal.get_title() == "sagittal slice 8"
+    assert axial.lines[0].get_xydata().tolist() == [[8.5, 15.0]]  # mm
+    assert coronal.get_xlim() == (3, 11)
+    assert sum(bar.get_height() for bar in histogram.patches) == pytest.approx(100)

@@ -174,16 +174,6 @@ def test_no_large_file_is_in_the_repository():
         assert file.stat().st_size < 5_000_000, file.name
 
 
-def test_srlib_stays_small():
-    """Files that can be read in one go; a total that grows only by decision."""
-    lines = {
-        file.relative_to(ROOT).as_posix(): len(file.read_text().splitlines())
-        for file in (ROOT / "srlib").rglob("*.py")
-    }
-    assert {name: count for name, count in lines.items() if count > 400} == {}
-    assert sum(lines.values()) <= 11_500
-
-
 # --- Notebooks -------------------------------------------------------------------------------------
 
 

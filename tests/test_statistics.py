@@ -170,3 +170,26 @@ def test_at_equal_time_steps_may_differ():
     table = case_tables.cases(minutes=12.0)
     table["steps"] = np.where(table["system"] == "both", 1500, 900)
     assert len(statistics.compare(table, "both", DICE)) == 3
+
+
+ROW = {"difference": -0.01, "low_all": -0.014, "high_all": -0.006, "se_seeds": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({}, "worse"),
+        ({"difference": 0.01, "low_all": 0.006, "high_all": 0.014}, "better"),
+        ({"high_all": 0.001}, "no difference shown"),
+        ({"se_seeds": float("nan")}, "one seed only"),
+    ],
+)
+def test_an_effect_is_named_only_where_cases_and_seeds_leave_no_doubt(changed, words):
+    assert statistics.effect(ROW | changed) == words
+
+
+def test_the_interval_of_one_seed_is_over_cases():
+    row = ROW | {"low": -0.012, "high": -0.008}
+    assert statistics.interval_in_points(row) == pytest.approx((-1.4, -0.6))
+    of_one_seed = statistics.interval_in_points(row | {"se_seeds": float("nan")})
+    assert of_one_seed == pytest.approx((-1.2, -0.8))
