@@ -32,7 +32,7 @@ def wanted(choice: str) -> list[RunConfig]:
         config
         for config in grid.configs(name)
         if not grid.is_done(config)
-        and (not systems or grid.system_of(config) in systems.split(","))
+        and (not systems or config.system in systems.split(","))
         and (not seeds or str(config.seed) in seeds.split(","))
     ]
 

@@ -1,6 +1,6 @@
 """Accuracy that seconds of training on a GPU buy: SegResMamba with and without its Mamba layers, and two peers.
 
-    python benchmarks/gpu_training.py OUT.csv [--seconds 90] [--seed 0] [--systems both,none,segresnet,nnunet]
+    python benchmarks/gpu_training.py OUT.csv [--seconds 90] [--seed 0] [--systems segresmamba,none,segresnet,nnunet]
 
 Hippocampus, fold 0, the 52 held-out cases; the systems of `srlib.grid`, peers scaled to `small`'s MACs. Each is trained
 by `srlib.train` with a batch that keeps a GPU busy, for as many steps as the given seconds hold: the median step of a
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument(
         "--systems",
         type=lambda names: names.split(","),
-        default=["both", "none", "segresnet", "nnunet"],
+        default=["segresmamba", "none", "segresnet", "nnunet"],
     )
     options = parser.parse_args()
     if unknown := set(options.systems) - set(grid.SYSTEMS):

@@ -1,6 +1,6 @@
 """Effective receptive fields, trained and untrained: results/reference/hippocampus/receptive_field.csv.
 
-    python benchmarks/receptive_field.py [--cases 16] [--fold 0] [--systems both none ...]
+    python benchmarks/receptive_field.py [--cases 16] [--fold 0] [--systems segresmamba none ...]
 
 Weights are not in the repository, so this belongs where the runs of the grids `tom` and `ablations` were trained: one
 fold, every seed. Of a run that is not here the rows of the table stay, if it is of the same fold; where it has none
@@ -37,7 +37,7 @@ def rows_of(config: runs.RunConfig, weights: str, network: nn.Module, cases: int
     spacing = data.get(config.dataset).spacing
     network = network.to(runs.device()).eval()
     field = receptive.effective_field(network, [image.to(runs.device()) for image in images])
-    key = {"system": grid.system_of(config)}
+    key = {"system": config.system}
     key |= {name: getattr(config, name) for name in ("fold", "seed", "steps")}
     key |= {"weights": weights, "cases": cases, "radius_95_mm": receptive.radius(field, spacing)}
     key |= {"device": provenance.device_name()}
@@ -58,7 +58,7 @@ def main() -> None:
     before = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=KEY)
     tables = []
     for config in (*grid.configs("tom"), *grid.configs("ablations")):
-        if config.fold != options.fold or grid.system_of(config) not in options.systems:
+        if config.fold != options.fold or config.system not in options.systems:
             continue
         networks = {"untrained": train.build_model(config)}
         if runs.is_done(config):

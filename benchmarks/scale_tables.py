@@ -53,7 +53,7 @@ def cost() -> pd.DataFrame:
     for name, configs in grids.items():
         steps = pd.Series([config.steps for config in configs])
         sizes = pd.Series([prod(config.patch_size) / of_default for config in configs])
-        systems = pd.Series([grid.system_of(config) for config in configs])
+        systems = pd.Series([config.system for config in configs])
         rows[name] = {"runs": len(configs), "steps": steps.sum()} | {
             hours: (steps * sizes * systems.map(step)).sum() / 3600
             for hours, step in seconds.items()
@@ -65,7 +65,7 @@ def gpu_seconds() -> pd.Series:
     """Seconds of a step of each system on the GPU of the learning-rate search."""
     runs = grid.runs("rates")
     fastest = (runs["seconds"] / runs["steps"]).groupby(runs["system"]).min()
-    return fastest.reindex([*grid.SYSTEMS]).fillna(fastest["both"])
+    return fastest.reindex([*grid.SYSTEMS]).fillna(fastest["segresmamba"])
 
 
 def markdown(table: pd.DataFrame) -> str:

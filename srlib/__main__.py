@@ -86,7 +86,7 @@ def grid(
     ] = None,
 ) -> None:
     """Compute the runs of comparisons that results/reference lacks."""
-    from srlib import executors, grid
+    from srlib import grid
 
     configs = checked(lambda: [config for name in names for config in grid.configs(name)])
     if list_:
@@ -100,7 +100,7 @@ def grid(
 
     def compute() -> None:
         parameters = dict(pair.split("=", 1) for pair in job or ())
-        with executors.executor(executor, workers, scheduler, parameters) as made:
+        with grid.executor(executor, workers, scheduler, parameters) as made:
             grid.compute(names, made)
 
     try:

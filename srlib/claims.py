@@ -161,7 +161,7 @@ def _of_times() -> str:
     fastest = _as_is("gpu/memory.csv").pivot_table("step_s", "peer", "size", aggfunc="min")
     odd = fastest.index[fastest.T.sort_index().diff().min() < 0].map(TITLES)
     seconds = _read("cpu/systems.csv").set_index("system")["step_seconds"]
-    times = (seconds["both"] / seconds[[*SMALL]]).rename(_titles())
+    times = (seconds["segresmamba"] / seconds[[*SMALL]]).rename(_titles())
     warning = f"Slower on small images than on large ones, so timed by more than the GPU: {'; '.join(odd)}. "
     works = ["setting", "peer", "precision", "checkpointing"]
     both = _read("gpu/memory.csv").merge(_read("gpu/memory_again.csv"), on=works)
@@ -262,11 +262,11 @@ def gains(name: str) -> pd.DataFrame:
     """
     lead = LEADS[name]
     cases = pd.concat([grid.cases(name) for name in lead.grids])
-    cases = cases[cases["system"].isin(["both", *lead.published.index])]
+    cases = cases[cases["system"].isin(["segresmamba", *lead.published.index])]
     cases = cases.drop_duplicates(statistics.KEYS)
-    if not {"both"} < set(cases["system"]):
+    if not {"segresmamba"} < set(cases["system"]):
         raise FileNotFoundError(f"grid {' and '.join(lead.grids)}")
-    found = statistics.compare(cases, "both", ("dice",), ("mean",)).set_index("system")
+    found = statistics.compare(cases, "segresmamba", ("dice",), ("mean",)).set_index("system")
     points = {
         "here": -found["difference"],
         "low": -found["high_all"],
@@ -293,7 +293,7 @@ def _ahead(name: str) -> Finding:
     once = known.index[known["low"].isna()]
     unknown = f"none for {', '.join(once)}: one training" if len(once) else ""
     runs = pd.concat([grid.runs(name) for name in lead.grids])
-    runs = runs[runs["system"].isin(["both", *lead.published.index])]
+    runs = runs[runs["system"].isin(["segresmamba", *lead.published.index])]
     (dataset,), (steps,) = runs["dataset"].unique(), runs["steps"].unique()
     return Finding(
         verdict(shown, excluded),

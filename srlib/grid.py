@@ -1,23 +1,47 @@
-"""Comparisons: lists of runs, computed where they are missing, their tables committed as they finish.
+"""Comparisons: lists of runs, computed where they are missing by any executor, kept as they finish.
 
-A *system* is a network by what is special about it, a *grid* a list of runs in the order of their importance. What a
-run leaves for the repository is small: `results/reference/<dataset>/runs/<run>.csv`, its metrics per case and class,
-and `<run>.json`, what it was and what it was computed with. Notebooks read these and train nothing.
+A *system* is a network by what is special about it, a *grid* a list of runs in the order of their importance. Finished
+runs are rows of two files of the repository, `results/reference/<dataset>/runs.csv`, their metrics per case and class,
+and `runs.jsonl`, what each was and what it was computed with. Notebooks read these and train nothing.
 
 Two budgets are never mixed. At *equal steps* each system takes the same number of optimizer steps. At *equal time*
 a system takes as many as fit into given minutes on two cores of a CPU, by the seconds a step that
 `results/reference/cpu/systems.csv` holds. Steps are the budget in both, so a run may be computed on any device.
 (`python -m srlib bench systems` measures these seconds here; to store them would plan all such runs anew.)
+
+Runs are computed by a `concurrent.futures.Executor`, three of them by name:
+
+| name | where the runs are computed | needs |
+|---|---|---|
+| `process` | processes of this machine, which share its GPUs in turn | - |
+| `dask` | workers of Dask distributed, here or at a scheduler's address | the extra `dask` |
+| `slurm` | jobs of a SLURM cluster, through submitit | the extra `slurm` |
+
+With `dask`, a run whose worker dies is computed by another one; a job of `slurm` that runs out of time is queued again;
+either goes on from the last checkpoint where both see one results folder. When a process of `process` dies, as one
+that is killed for its memory, Python gives up the whole pool: finished runs are kept, and the same command started
+again computes the others.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, as_completed
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import (
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import nan
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +83,7 @@ class System:
 
 
 SYSTEMS: dict[str, System] = {
-    "both": System("SegResMamba", {}),
+    "segresmamba": System("SegResMamba", {}),
     "none": System("no ToM", {"tom": "none"}),
     "conv": System("convolution for ToM", {"tom": "conv"}),
     "inner": System("inner ToM only", {"tom": "inner"}),
@@ -73,7 +97,7 @@ SYSTEMS: dict[str, System] = {
     "segmamba_block": System("SegMamba's block", {"block": "segmamba"}),
     **{name: System(peer.title, {"model": name}) for name, peer in SMALL.items()},
 }
-TOM = ("both", "none", "conv")
+TOM = ("segresmamba", "none", "conv")
 CUE_SYSTEMS = (*TOM, "no_recurrence")
 ABLATIONS = tuple(name for name in SYSTEMS if name not in (*TOM, *SMALL))
 
@@ -89,7 +113,8 @@ def _rates() -> Iterator[Planned]:
     """The learning-rate search, as many steps for each system."""
     for system in (*TOM, *SMALL):
         for rate in RATES:
-            yield Planned(_config(system, RATE_FOLD, 0, steps=RATE_STEPS, learning_rate=rate), nan)
+            config = config_of(system, fold=RATE_FOLD, steps=RATE_STEPS, learning_rate=rate)
+            yield Planned(config, nan)
 
 
 def _tom() -> Iterator[Planned]:
@@ -102,7 +127,7 @@ def _tom() -> Iterator[Planned]:
 
 def _peers() -> Iterator[Planned]:
     for seed in SEEDS:
-        yield from (at_equal_steps(system, seed=seed) for system in ("both", *SMALL))
+        yield from (at_equal_steps(system, seed=seed) for system in ("segresmamba", *SMALL))
 
 
 def _peers_in_time() -> Iterator[Planned]:
@@ -125,13 +150,13 @@ def _cue() -> Iterator[Planned]:
     for seed in SEEDS:
         for dataset, recipe in cue.RECIPES.items():
             for system in CUE_SYSTEMS:
-                settings = {**SYSTEMS[system].settings, "steps": CUE_STEPS, "augment": False}
-                settings |= {"patch_size": recipe.shape, "learning_rate": CUE_RATE}
-                yield Planned(config_for("default", dataset, seed=seed, **settings), nan)
+                settings = {"steps": CUE_STEPS, "learning_rate": CUE_RATE, "augment": False}
+                config = config_of(system, dataset, seed=seed, patch_size=recipe.shape, **settings)
+                yield Planned(config, nan)
 
 
 def _long() -> Iterator[Planned]:
-    yield in_minutes("both", LONG_MINUTES)
+    yield in_minutes("segresmamba", LONG_MINUTES)
 
 
 GRIDS: dict[str, Callable[[], Iterator[Planned]]] = {
@@ -165,7 +190,7 @@ def configs(name: str) -> tuple[RunConfig, ...]:
 
 def at_equal_steps(system: str, fold: int = 0, seed: int = 0) -> Planned:
     """A run of as many steps as SegResMamba takes in `MINUTES`, whatever the system."""
-    return Planned(_tuned(system, fold, seed, steps_in("both", MINUTES)), nan)
+    return Planned(_tuned(system, fold, seed, steps_in("segresmamba", MINUTES)), nan)
 
 
 def in_minutes(system: str, minutes: float, seed: int = 0) -> Planned:
@@ -175,12 +200,13 @@ def in_minutes(system: str, minutes: float, seed: int = 0) -> Planned:
 
 def _tuned(system: str, fold: int, seed: int, steps: int) -> RunConfig:
     """With the learning rate that the search chose; ablations take SegResMamba's."""
-    rate = learning_rates()["both" if system in ABLATIONS else system]
-    return _config(system, fold, seed, steps=steps, learning_rate=rate)
+    rate = learning_rates()["segresmamba" if system in ABLATIONS else system]
+    return config_of(system, fold=fold, seed=seed, steps=steps, learning_rate=rate)
 
 
-def _config(system: str, fold: int, seed: int, **settings: Any) -> RunConfig:
-    return config_for("default", DATASET, fold, seed, **SYSTEMS[system].settings, **settings)
+def config_of(system: str, dataset: str = DATASET, **settings: Any) -> RunConfig:
+    """The default profile's run of a system, which it names."""
+    return config_for("default", dataset, system=system, **SYSTEMS[system].settings, **settings)
 
 
 def steps_in(system: str, minutes: float) -> int:
@@ -218,32 +244,75 @@ def _best_rates(plan: tuple[Planned, ...], folder: Path) -> dict[str, float]:
 # --- What is kept of a run -----------------------------------------------------------------------
 
 
-@cache
-def system_of(config: RunConfig) -> str:
-    """The key of the system that a run trains."""
-    fields = sorted({field for system in SYSTEMS.values() for field in system.settings})
-    settings = {field: getattr(config, field) for field in fields}
-    plain = {field: getattr(config_for("default", config.dataset), field) for field in fields}
-    for key, system in SYSTEMS.items():
-        if settings == {**plain, **system.settings}:
-            return key
-    raise ValueError(f"no system has the settings {settings}")
-
-
 def run_name(config: RunConfig) -> str:
-    """The name of a run's files, such as `both-fold0-seed1-1800-steps-2e-03`."""
+    """The name of a run in the files, such as `segresmamba-fold0-seed1-1800-steps-2e-03`."""
     rate = f"{config.learning_rate:.0e}"
-    return f"{system_of(config)}-fold{config.fold}-seed{config.seed}-{config.steps}-steps-{rate}"
+    return f"{config.system}-fold{config.fold}-seed{config.seed}-{config.steps}-steps-{rate}"
 
 
-def table_file(config: RunConfig) -> Path:
-    """Where the repository keeps a run's metrics; the record lies beside it as `.json`."""
-    return paths.REFERENCE / config.dataset / "runs" / f"{run_name(config)}.csv"
+class Kept(NamedTuple):
+    """What the repository holds of a data set's runs, each by the run's name."""
+
+    records: dict[str, dict[str, Any]]
+    tables: dict[str, pd.DataFrame]
+
+
+def kept(dataset: str) -> Kept:
+    """The finished runs of a data set; its files are read again only when they have changed."""
+    files = [paths.REFERENCE / dataset / name for name in ("runs.jsonl", "runs.csv")]
+    if not all(file.is_file() for file in files):
+        return Kept({}, {})
+    stats = [file.stat() for file in files]
+    return _read(*files, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
+
+
+@lru_cache(maxsize=32)
+def _read(records: Path, tables: Path, _state: tuple) -> Kept:
+    """What two files hold in this state; the records first, since they are written last."""
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    cases = pd.read_csv(tables, dtype={"case": str})
+    by_run = {str(name): rows for name, rows in cases.groupby("run", sort=False)}
+    return Kept({line["run"]: line for line in lines}, by_run)
+
+
+def keep(config: RunConfig, table: str, record: Mapping[str, Any]) -> None:
+    """Add a finished run to its data set's files.
+
+    Both files are whole at any time; the record, which says that the run is done, is written last. Other processes
+    that keep a run meanwhile wait.
+
+    Args:
+        config: the run.
+        table: its metrics as CSV, as `srlib.evaluate` writes them.
+        record: what it was computed with.
+
+    Raises:
+        ValueError: the table has other columns than those that are there.
+    """
+    folder, name = paths.REFERENCE / config.dataset, run_name(config)
+    header, *rows = table.splitlines()
+    with paths.locked(folder):
+        paths.remove_temporaries(folder)
+        file = folder / "runs.csv"
+        top, *others = file.read_text().splitlines() if file.is_file() else [f"run,{header}"]
+        if top != f"run,{header}":
+            raise ValueError(f"{file} has the columns {top}, the run {name} has {header}")
+        others = [line for line in others if not line.startswith(f"{name},")]  # of a killed process
+        _write(file, [top, *others, *(f"{name},{row}" for row in rows)])
+        file = folder / "runs.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        lines = [line for line in lines if json.loads(line)["run"] != name]
+        _write(file, [*lines, json.dumps({**record, "run": name}, sort_keys=True)])
+
+
+def _write(file: Path, lines: Sequence[str]) -> None:
+    with paths.atomic_path(file) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
 
 
 def is_done(config: RunConfig) -> bool:
-    """Whether the repository holds the run's table."""
-    return table_file(config).is_file()
+    """Whether the repository holds the run."""
+    return run_name(config) in kept(config.dataset).records
 
 
 def runs(name: str) -> pd.DataFrame:
@@ -256,7 +325,7 @@ def runs(name: str) -> pd.DataFrame:
     for config, minutes in planned(name):
         if not is_done(config):
             continue
-        record = json.loads(table_file(config).with_suffix(".json").read_text())
+        record = kept(config.dataset).records[run_name(config)]
         made_with = {key: record[key] for key in ("device_name", "training_seconds", "commit")}
         rows.append(_key(config, minutes) | made_with)
     table = pd.DataFrame(rows, columns=[*KEY, "device_name", "training_seconds", "commit"])
@@ -270,7 +339,7 @@ def cases(name: str) -> pd.DataFrame:
 
 def _cases(plan: list[Planned]) -> pd.DataFrame:
     tables = [
-        pd.read_csv(table_file(config), dtype={"case": str}).assign(**_key(config, minutes))
+        kept(config.dataset).tables[run_name(config)].assign(**_key(config, minutes))
         for config, minutes in plan
         if is_done(config)
     ]
@@ -286,8 +355,8 @@ COLUMNS = ("case", "class", "dice", "nsd", "hd95", "sensitivity", "volume_ref_ml
 
 
 def _key(config: RunConfig, minutes: float) -> dict[str, Any]:
-    system = system_of(config)
-    values = (run_name(config), system, SYSTEMS[system].title, config.dataset, config.fold)
+    values = (run_name(config), config.system, SYSTEMS[config.system].title)
+    values += (config.dataset, config.fold)  # type: ignore[assignment]
     values += (config.seed, config.steps, minutes, config.learning_rate)  # type: ignore[assignment]
     return dict(zip(KEY, values, strict=True))
 
@@ -302,7 +371,7 @@ class RunsFailed(RuntimeError):
 def compute(names: Sequence[str], executor: Executor) -> None:
     """Train and score the missing runs of grids, in order; each one's table is written as it ends.
 
-    A run that fails does not stop the others, unless its process dies and takes the pool along (`srlib.executors`).
+    A run that fails does not stop the others, unless its process dies and takes the pool along.
     What is interrupted computes nothing more that was queued. Finished runs are kept: start it again.
 
     Args:
@@ -324,7 +393,7 @@ def compute(names: Sequence[str], executor: Executor) -> None:
             if error := future.exception():
                 failed[f"{config.dataset} {run_name(config)}"] = error
             else:
-                _keep(config, *future.result())
+                keep(config, *future.result())
     except BaseException:
         for future in futures:
             future.cancel()
@@ -337,25 +406,14 @@ def compute(names: Sequence[str], executor: Executor) -> None:
         raise RunsFailed(f"failed: {', '.join(failed)}; the first one said: {said}") from first
 
 
-def compute_run(config: RunConfig) -> tuple[str, str]:
-    """Train and score one run; returns its table (CSV) and its record (JSON)."""
+def compute_run(config: RunConfig) -> tuple[str, dict[str, Any]]:
+    """Train and score one run; returns its table (CSV) and its record."""
     train(config, progress=False)
     evaluate(config, progress=False)
     record = json.loads((run_dir(config) / "run.json").read_text())
-    record |= {"system": system_of(config), "sources": paths.source_hash(SOURCES)}
+    record |= {"id": record.pop("run"), "sources": paths.source_hash(SOURCES)}
     record |= {"device_name": provenance.device_name(), "commit": provenance.commit()[0]}
-    table = (run_dir(config) / "metrics.csv").read_text()
-    return table, json.dumps(record, indent=1, sort_keys=True) + "\n"
-
-
-def _keep(config: RunConfig, table: str, record: str) -> None:
-    """Write what a run leaves; the table, which says that it is done, comes last."""
-    for file, text in (
-        (table_file(config).with_suffix(".json"), record),
-        (table_file(config), table),
-    ):
-        with paths.atomic_path(file) as temporary:
-            temporary.write_text(text)
+    return (run_dir(config) / "metrics.csv").read_text(), record
 
 
 # --- For the notebooks ----------------------------------------------------------------------------
@@ -401,9 +459,103 @@ def _span(values: pd.Series) -> str:
 
 def cost(system: str) -> dict[str, float]:
     """Parameters of a system, and GMACs of one forward pass of one patch of the default profile."""
-    config = config_for("default", DATASET, **SYSTEMS[system].settings)
+    config = config_of(system)
     network = build_model(config)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 1, *config.patch_size))
     parameters = sum(p.numel() for p in network.parameters())
     return {"parameters": parameters, "gmacs": counter.get_total_flops() / 2e9}
+
+
+# --- Executors ------------------------------------------------------------------------------------
+
+
+def executor(
+    name: str, workers: int, scheduler: str | None = None, job: Mapping[str, str] | None = None
+) -> AbstractContextManager[Executor]:
+    """An executor by its name, to be used in a `with` statement.
+
+    Args:
+        name: `process`, `dask` or `slurm`.
+        workers: runs computed at a time; those of a Dask scheduler are its own.
+        scheduler: address of a Dask scheduler; `None` starts workers on this machine.
+        job: what a SLURM job asks for, in submitit's names, such as `slurm_partition`, `gpus_per_node`, `timeout_min`.
+
+    Raises:
+        ValueError: an unknown name, or a parameter that submitit does not know.
+        ImportError: the extra that it needs is not installed.
+        OSError: there is no scheduler at that address.
+    """
+    if name == "process":
+        return process_pool(workers)
+    if name == "dask":
+        return dask(workers, scheduler)
+    if name == "slurm":
+        return jobs(workers, job or {})
+    raise ValueError(f"executor {name!r} is not one of process, dask, slurm")
+
+
+def process_pool(workers: int) -> Executor:
+    """Processes of this machine; where there are CUDA devices, each worker takes the next one in turn."""
+    spawn = multiprocessing.get_context("spawn")
+    numbers = spawn.SimpleQueue()
+    for number in range(workers):
+        numbers.put(number)
+    return ProcessPoolExecutor(workers, spawn, _take_device, (numbers,))
+
+
+def _take_device(numbers: SimpleQueue) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C ends it; its run resumes from its checkpoint
+    if torch.cuda.is_available() and "SRLIB_DEVICE" not in os.environ:
+        os.environ["SRLIB_DEVICE"] = f"cuda:{numbers.get() % torch.cuda.device_count()}"
+
+
+@contextmanager
+def dask(workers: int, scheduler: str | None = None) -> Iterator[Executor]:
+    """Workers of Dask distributed; those that are started here have as many threads as this process."""
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ImportError('the executor "dask" needs: pip install "srlib[dask]"') from error
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))
+    here = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    before = dict(os.environ)
+    try:
+        with Client(scheduler) if scheduler else Client(**here, env=threads) as client:
+            yield client.get_executor(pure=False)
+    finally:  # Dask sets OMP_NUM_THREADS=1 and others here too, to hand them down, and leaves them
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class _Jobs(ThreadPoolExecutor):
+    """A cluster's jobs: each thread submits one and waits for its result."""
+
+    def __init__(self, workers: int, cluster: Any) -> None:
+        super().__init__(workers)
+        self.cluster = cluster
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        """Submit a job once a thread is free; one that runs out of time is queued again, and its run resumes."""
+        from submitit.helpers import FunctionSequence
+
+        call = FunctionSequence()
+        call.add(function, *args, **kwargs)
+        return super().submit(lambda: self.cluster.submit(call).result()[0])
+
+
+def jobs(workers: int, parameters: Mapping[str, str], cluster: str = "slurm") -> Executor:
+    """Jobs of a cluster that submitit knows; their logs are in `results/jobs`."""
+    try:
+        from submitit import AutoExecutor
+    except ImportError as error:
+        raise ImportError('the executor "slurm" needs: pip install "srlib[slurm]"') from error
+    made = AutoExecutor(paths.results_root() / "jobs", cluster)
+    numbers = {k: int(v) if v.isdecimal() else v for k, v in parameters.items()}
+    try:
+        made.update_parameters(name="srlib", **numbers)
+    except (AssertionError, NameError, TypeError) as error:  # submitit's words for a wrong name
+        raise ValueError(f"a parameter of the job is wrong: {error}") from error
+    return _Jobs(workers, made)

@@ -64,6 +64,8 @@ class RunConfig:
         augment: random affine, flips, intensity and noise.
         precision: Lightning Fabric's name, `32-true` or `bf16-mixed`.
         test_cases: how many held-out cases are evaluated; `None` is all.
+        system: key of the system in `srlib.grid.SYSTEMS` that these settings make, empty outside of comparisons; a
+            name, and no part of the run's identity.
     """
 
     dataset: str
@@ -87,6 +89,7 @@ class RunConfig:
     augment: bool = True
     precision: str = "32-true"
     test_cases: int | None = None
+    system: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.model not in (*FEATURES, *SMALL):
@@ -97,8 +100,10 @@ class RunConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def to_json(self) -> str:
-        """The configuration as JSON with sorted keys."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """The settings as JSON with sorted keys, without the system's name."""
+        settings = dataclasses.asdict(self)
+        del settings["system"]
+        return json.dumps(settings, sort_keys=True)
 
 
 def config_for(

@@ -25,7 +25,7 @@ def cases(
     for fold in folds:
         quality = random.normal(0.88, 0.03, (n, len(CLASSES)))
         volume = random.uniform(1, 3, (n, len(CLASSES)))
-        for system, shift in (shifts or {"both": 0.0, "none": -0.01}).items():
+        for system, shift in (shifts or {"segresmamba": 0.0, "none": -0.01}).items():
             for seed in seeds:
                 training = shift + random.normal(0, seed_sd)
                 dice = quality + training + random.normal(0, noise_sd, quality.shape)

@@ -113,23 +113,23 @@ def test_what_lacks_its_table_has_not_been_tested(reference):
     ],
 )
 def test_claims_about_dice(monkeypatch, claim, shifts, words):
-    with_runs(monkeypatch, {"both": 0.0, **shifts})
+    with_runs(monkeypatch, {"segresmamba": 0.0, **shifts})
     found = claims.finding(claim)
     assert found.verdict == words
     assert "52 cases, up to 3 trainings a system of 1500 steps, a device" in found.on
 
 
 def test_one_seed_decides_nothing(monkeypatch):
-    with_runs(monkeypatch, {"both": 0.0, "none": -0.02, "conv": -0.02}, seeds=(0,))
+    with_runs(monkeypatch, {"segresmamba": 0.0, "none": -0.02, "conv": -0.02}, seeds=(0,))
     found = claims.finding(TOM)
     assert found.verdict == UNTESTED
     assert found.interval == "none for no ToM, convolution for ToM: one training"
 
 
 def test_rivals_of_one_training_are_named_beside_intervals_of_the_others(monkeypatch):
-    cases = case_tables.cases({"both": 0.0, "none": -0.02, "conv": -0.02}, n=52)
+    cases = case_tables.cases({"segresmamba": 0.0, "none": -0.02, "conv": -0.02}, n=52)
     once = cases[(cases["system"] != "conv") | (cases["seed"] == 0)]
-    with_runs(monkeypatch, {"both": 0.0, "none": 0.0, "conv": 0.0})
+    with_runs(monkeypatch, {"segresmamba": 0.0, "none": 0.0, "conv": 0.0})
     monkeypatch.setattr(grid, "cases", lambda name: once)
     found = claims.finding(TOM)
     assert re.fullmatch(
@@ -138,16 +138,16 @@ def test_rivals_of_one_training_are_named_beside_intervals_of_the_others(monkeyp
 
 
 def test_wide_intervals_decide_nothing(monkeypatch):
-    with_runs(monkeypatch, {"both": 0.0, "none": -0.005, "conv": -0.005}, noise_sd=0.2)
+    with_runs(monkeypatch, {"segresmamba": 0.0, "none": -0.005, "conv": -0.005}, noise_sd=0.2)
     found = claims.finding(TOM)
     assert found.verdict == UNTESTED
     assert "Open: no ToM, convolution for ToM. " in found.why
 
 
 def test_intervals_cover_other_seeds(monkeypatch):
-    with_runs(monkeypatch, {"both": 0.0, "none": 0.0, "conv": 0.0}, seed_sd=0.0)
+    with_runs(monkeypatch, {"segresmamba": 0.0, "none": 0.0, "conv": 0.0}, seed_sd=0.0)
     narrow = claims.gains("ToM")
-    with_runs(monkeypatch, {"both": 0.0, "none": 0.0, "conv": 0.0}, seed_sd=0.02)
+    with_runs(monkeypatch, {"segresmamba": 0.0, "none": 0.0, "conv": 0.0}, seed_sd=0.02)
     wide = claims.gains("ToM")
     assert ((wide["high"] - wide["low"]) > 2 * (narrow["high"] - narrow["low"])).all()
     assert (narrow["low"] < narrow["here"]).all()
@@ -155,7 +155,7 @@ def test_intervals_cover_other_seeds(monkeypatch):
 
 
 def test_each_rival_is_compared_on_the_cases_that_it_has(monkeypatch):
-    cases = case_tables.cases({"both": 0.0, "none": 0.0, "conv": 0.0}, folds=(0, 1), n=20)
+    cases = case_tables.cases({"segresmamba": 0.0, "none": 0.0, "conv": 0.0}, folds=(0, 1), n=20)
     lacking = cases[~((cases["system"] == "conv") & (cases["fold"] == 1))]
     monkeypatch.setattr(grid, "cases", lambda name: lacking)
     assert claims.gains("ToM")["n"].tolist() == [40, 20]
@@ -165,7 +165,7 @@ def test_the_abstract_is_as_good_as_its_parts(reference, monkeypatch):
     assert claims.finding(ABSTRACT).verdict == PART
     for name, column in ((TABLES[0], "allocated"), (TABLES[0], "step_s"), (TABLES[1], "gmacs")):
         changed(reference / name, column, 1e-3)
-    with_runs(monkeypatch, {"both": 0.0, **dict.fromkeys(SMALL, 0.0)})
+    with_runs(monkeypatch, {"segresmamba": 0.0, **dict.fromkeys(SMALL, 0.0)})
     assert claims.finding(ABSTRACT).verdict == HOLDS
 
 

@@ -1,7 +1,5 @@
 """What the repository holds of the grids, none of it yet, some or all."""
 
-import json
-
 import case_tables
 import nbformat
 import pandas as pd
@@ -29,7 +27,7 @@ def planned(reference):
 def keep(config):
     table = case_tables.cases({"any": 0.0}, (config.fold,), (config.seed,), n=6)
     record = {"device_name": "a device", "training_seconds": 9.5, "commit": "abc"}
-    grid._keep(config, table[[*grid.COLUMNS]].to_csv(index=False), json.dumps(record))
+    grid.keep(config, table[[*grid.COLUMNS]].to_csv(index=False), record)
 
 
 def test_nothing_is_there_yet(reference, capsys):
@@ -50,7 +48,10 @@ def test_a_run_of_two_grids_comes_once(planned, capsys):
         keep(config)
     table = grid.committed("tom", "peers")
     assert len(table) == 3 * 6 * 2
-    assert table["system"].unique().tolist() == ["both", *map(grid.system_of, others)]
+    assert table["system"].unique().tolist() == [
+        "segresmamba",
+        *(config.system for config in others),
+    ]
     assert "grid peers: the repository holds 2 of 21 runs" in capsys.readouterr().out
     assert grid.made_with(table) == (
         "hippocampus, 6 cases | fold 0, seed 0 | 1,800 steps | a device"

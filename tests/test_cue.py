@@ -103,7 +103,7 @@ def test_the_first_volume_is_the_one_published():
 
 
 def test_accuracy_is_the_share_of_the_called_voxels_that_is_called_right():
-    key = {"system": "both", "title": "SegResMamba", "dataset": "cue-032", "seed": 1}
+    key = {"system": "segresmamba", "title": "SegResMamba", "dataset": "cue-032", "seed": 1}
     found = {"sensitivity": [0.5, 0.25], "volume_ref_ml": 4.0, "volume_pred_ml": [4.0, 2.0]}
     (row,) = cue.accuracy(pd.DataFrame({**key, **found})).to_dict("records")
     assert (row["distance"], row["accuracy"], row["found"]) == (32, 3 / 6, 6 / 8)

@@ -1,17 +1,25 @@
-"""Grids: what is in them, what is computed, what is kept, and how it is read."""
+"""Grids: their runs, computing them, also when a worker is killed in the middle, keeping and reading them."""
 
+import contextlib
+import functools
 import importlib.util
+import io
 import json
-from concurrent.futures import Executor, Future
-from contextlib import nullcontext
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from math import nan
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from srlib import executors, grid, paths
+from srlib import grid, paths, train
 from srlib.__main__ import app
-from srlib.runs import RunConfig
+from srlib.runs import RunConfig, run_id
 
 
 @pytest.fixture(autouse=True)
@@ -22,16 +30,18 @@ def reference(tmp_path, monkeypatch):
     (tmp_path / "cpu").mkdir()
     table.to_csv(tmp_path / "cpu" / "systems.csv", index=False)
     for config, _ in grid.planned("rates"):
-        best = 4e-3 if grid.system_of(config) == "none" else 2e-3
+        best = 4e-3 if config.system == "none" else 2e-3
         keep(config, dice=0.8 + (config.learning_rate == best) / 10)
     return tmp_path
+
+
+RECORD = {"device_name": "a device", "training_seconds": 9.5, "commit": "abc"}
 
 
 def keep(config: RunConfig, dice: float = 0.9) -> None:
     """Put down what a run would leave."""
     row = dict.fromkeys(grid.COLUMNS, 1.0) | {"case": "007", "class": "anterior", "dice": dice}
-    record = {"device_name": "a device", "training_seconds": 9.5, "commit": "abc"}
-    grid._keep(config, pd.DataFrame([row]).to_csv(index=False), json.dumps(record))
+    grid.keep(config, pd.DataFrame([row]).to_csv(index=False), RECORD)
 
 
 class Here(Executor):
@@ -57,9 +67,10 @@ class Here(Executor):
         ("cue", 72),
     ],
 )
-def test_grids_hold_different_runs_with_files_of_their_own(name, count):
+def test_grids_hold_different_runs_with_names_of_their_own(name, count):
     configs = grid.configs(name)
-    assert len(configs) == len(set(configs)) == len({grid.table_file(c) for c in configs}) == count
+    names = {(config.dataset, grid.run_name(config)) for config in configs}
+    assert len(configs) == len(set(configs)) == len(names) == count
 
 
 def test_the_order_is_that_of_importance():
@@ -70,10 +81,11 @@ def test_the_order_is_that_of_importance():
 
 
 def test_the_search_decides_the_learning_rate():
-    rates = {grid.system_of(c): c.learning_rate for c in grid.configs("tom")}
-    assert rates == {"both": 2e-3, "none": 4e-3, "conv": 2e-3}
+    rates = {c.system: c.learning_rate for c in grid.configs("tom")}
+    assert rates == {"segresmamba": 2e-3, "none": 4e-3, "conv": 2e-3}
     assert {c.learning_rate for c in grid.configs("ablations")} == {2e-3}  # SegResMamba's
-    grid.table_file(grid.configs("rates")[0]).unlink()
+    records = paths.REFERENCE / "hippocampus" / "runs.jsonl"
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(FileNotFoundError, match="1 of 36 runs of the learning-rate search"):
         grid.configs("tom")
 
@@ -82,16 +94,74 @@ def test_equal_time_is_steps_by_measured_seconds(reference):
     table = pd.DataFrame({"system": [*grid.SYSTEMS], "step_seconds": 0.4})
     table.loc[table["system"] == "unet", "step_seconds"] = 0.1
     table.to_csv(reference / "cpu" / "systems.csv", index=False)
-    steps = {grid.system_of(c): c.steps for c in grid.configs("peers-time")}
-    assert (steps["both"], steps["unet"]) == (1800, 7200)
+    steps = {c.system: c.steps for c in grid.configs("peers-time")}
+    assert (steps["segresmamba"], steps["unet"]) == (1800, 7200)
     assert {c.steps for c in grid.configs("peers")} == {1800}
 
 
-def test_a_run_is_of_the_system_that_made_it():
+def test_a_run_says_which_system_it_is_and_is_the_same_run_without():
     for key, system in grid.SYSTEMS.items():
-        assert grid.system_of(RunConfig("hippocampus", steps=5, **system.settings)) == key
-    with pytest.raises(ValueError, match="no system has the settings"):
-        grid.system_of(RunConfig("hippocampus", tom="none", nslices=4))
+        config = grid.config_of(key, steps=5)
+        assert config.system == key
+        assert all(getattr(config, name) == value for name, value in system.settings.items())
+    unnamed = RunConfig(**{**vars(config), "system": ""})
+    assert unnamed == config
+    assert run_id(unnamed) == run_id(config)
+
+
+def test_runs_kept_at_once_do_not_lose_each_other():
+    configs = [grid.config_of("none", seed=seed, steps=5) for seed in range(24)]
+    before = len(grid.kept(grid.DATASET).records)
+    start = threading.Barrier(6)
+
+    def keep_some(first):
+        start.wait(timeout=60)
+        for config in configs[first::6]:
+            keep(config)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(keep_some, range(6)))
+    kept = grid.kept(grid.DATASET)
+    assert len(kept.records) == len(kept.tables) == before + 24
+
+
+def test_a_process_killed_while_it_keeps_a_run_loses_nothing(monkeypatch):
+    first, second = grid.configs("long")[0], grid.config_of("none", steps=5)
+    keep(first)
+    write = grid._write
+
+    def killed(file, lines):
+        if file.suffix == ".jsonl":
+            raise KeyboardInterrupt
+        write(file, lines)
+
+    monkeypatch.setattr(grid, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        keep(second, dice=0.1)
+    monkeypatch.setattr(grid, "_write", write)
+    assert not grid.is_done(second)
+    assert len(grid.cases("long")) == 1
+    keep(second, dice=0.2)
+    assert grid.kept(grid.DATASET).tables[grid.run_name(second)]["dice"].tolist() == [0.2]
+
+
+def test_a_run_with_other_columns_is_not_kept_among_the_others():
+    with pytest.raises(ValueError, match=r"runs\.csv has the columns run,case.*has case,iou"):
+        grid.keep(grid.configs("long")[0], "case,iou\n1,0.5\n", RECORD)
+
+
+def test_committed_runs_agree_with_their_records(monkeypatch):
+    """Each name is that of the configuration beside it, and each run has as many cases as its fold."""
+    monkeypatch.undo()
+    for file in paths.REFERENCE.glob("*/runs.jsonl"):
+        kept = grid.kept(file.parent.name)
+        assert list(kept.records) == list(kept.tables)
+        for name, record in kept.records.items():
+            config = RunConfig(**record["config"])
+            assert grid.run_name(config) == name
+            settings = grid.SYSTEMS[config.system].settings
+            assert json.loads(json.dumps(settings)).items() <= record["config"].items()
+            assert not kept.tables[name].duplicated(["case", "class"]).any()
 
 
 def test_missing_runs_are_computed_and_kept_the_failing_one_reported(monkeypatch):
@@ -102,10 +172,10 @@ def test_missing_runs_are_computed_and_kept_the_failing_one_reported(monkeypatch
     def compute_run(config):
         if config == second:
             raise OSError("disk full")
-        return "case,class,dice\n1,anterior,0.5\n", "{}"
+        return ",".join(grid.COLUMNS) + "\n1,anterior,1,1,1,1,1,1\n", RECORD
 
     monkeypatch.setattr(grid, "compute_run", compute_run)
-    monkeypatch.setattr(executors, "executor", lambda *_: nullcontext(Here()))
+    monkeypatch.setattr(grid, "executor", lambda *_: contextlib.nullcontext(Here()))
     ended = CliRunner().invoke(app, ["grid", "tom"])
     assert ended.exit_code == 1
     said = f"failed: hippocampus {grid.run_name(second)}; the first one said: OSError: disk full\n"
@@ -143,7 +213,7 @@ def test_seconds_a_step_are_stored_only_when_asked_to(reference, monkeypatch, op
     monkeypatch.setattr(module.grid, "cost", lambda system: {"parameters": 1})
     monkeypatch.setattr("sys.argv", ["systems", *options])
     module.main()
-    assert grid.systems()["step_seconds"]["both"] == (0.5 if options else 0.4)
+    assert grid.systems()["step_seconds"]["segresmamba"] == (0.5 if options else 0.4)
 
 
 def test_tables_carry_the_run_s_key():
@@ -153,7 +223,7 @@ def test_tables_carry_the_run_s_key():
     assert grid.runs("long").empty
     keep(config)
     (run,), (case,) = (t.to_dict("records") for t in (grid.runs("long"), grid.cases("long")))
-    key = {"system": "both", "title": "SegResMamba", "fold": 0, "steps": 9000, "minutes": 60}
+    key = {"system": "segresmamba", "title": "SegResMamba", "fold": 0, "steps": 9000, "minutes": 60}
     assert key.items() <= run.items()
     assert key.items() <= case.items()
     assert (run["device"], run["seconds"]) == ("a device", 9.5)
@@ -164,7 +234,7 @@ def test_tables_carry_the_run_s_key():
 def test_list_says_what_is_to_do():
     keep(grid.configs("tom")[0])
     lines = CliRunner().invoke(app, ["grid", "tom", "--list"]).output.splitlines()
-    assert lines[0].startswith("done   hippocampus  both-fold0-seed0-1800-steps-2e-03")
+    assert lines[0].startswith("done   hippocampus  segresmamba-fold0-seed0-1800-steps-2e-03")
     assert all(line.startswith("to do") for line in lines[1:])
 
 
@@ -172,3 +242,107 @@ def test_unknown_grid_is_answered_with_the_known_ones():
     result = CliRunner().invoke(app, ["grid", "everything"])
     assert result.exit_code == 2
     assert "'everything' is not one of rates, tom" in result.output
+
+
+# --- Executors: the tables of the undisturbed grid ---------------------------------------------
+
+PLAN = [
+    RunConfig(
+        *("mni152", 0, seed, 8),
+        tom="none",
+        batch_size=1,
+        patch_size=(36, 20, 20),
+        test_cases=1,
+        system="none",
+    )
+    for seed in (0, 1)
+]
+
+
+@pytest.fixture
+def compute(tmp_path, monkeypatch):
+    """Compute the first runs of `PLAN` with an executor, results in a folder of their own; returns their tables."""
+
+    def tables(executor, count):
+        plan = [grid.Planned(config, nan) for config in PLAN[:count]]
+        monkeypatch.setattr(grid, "GRIDS", {"test": lambda: plan})
+        monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path / "results"))
+        monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+        environment = dict(os.environ)
+        with executor as made:
+            grid.compute(["test"], made)
+        assert dict(os.environ) == environment  # or what starts next may compute other runs
+        tables = [grid.kept("mni152").tables[grid.run_name(run.config)] for run in plan]
+        return [table.drop(columns="run").to_csv(index=False) for table in tables]
+
+    return tables
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    tables = [pd.read_csv(io.StringIO(grid.compute_run(config)[0])) for config in PLAN]
+    return [table.to_csv(index=False) for table in tables]
+
+
+def test_a_process_pool_gives_the_undisturbed_tables(compute, undisturbed):
+    assert compute(grid.executor("process", workers=1), 2) == undisturbed
+
+
+def test_a_job_of_submitit_gives_the_undisturbed_table(compute, undisturbed):
+    jobs = grid.jobs(1, {"timeout_min": "9"}, cluster="local")
+    assert compute(jobs, 1) == undisturbed[:1]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_dask_costs_nothing_but_time(
+    compute, undisturbed, tmp_path, monkeypatch
+):
+    first = run_id(PLAN[0])
+
+    def compute_run(config):
+        """In the worker: note where the first run starts, die once before its step 5."""
+        batches, rate = train._batches, train.learning_rate
+
+        def noted(config, first_step, rank):
+            Path(tmp_path, f"{run_id(config)}-{os.getpid()}").write_text(str(first_step))
+            return batches(config, first_step, rank)
+
+        def deadly(config, step):
+            killed = Path(tmp_path, "killed")
+            if (run_id(config), step) == (first, 5) and not killed.exists():
+                killed.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rate(config, step)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "_batches", noted)
+            patch.setattr(train, "learning_rate", deadly)
+            patch.setattr(grid, "train", functools.partial(train.train, checkpoint_seconds=0))
+            return grid.compute_run(config)  # the worker's own
+
+    monkeypatch.setattr(grid, "compute_run", compute_run)
+    assert compute(grid.executor("dask", workers=2), 2) == undisturbed
+    assert sorted(int(file.read_text()) for file in tmp_path.glob(f"{first}-*")) == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cloud", {}, "executor 'cloud' is not one of process, dask, slurm"),
+        ("slurm", {"job": {"nodes_per_gpu": "1"}}, "a parameter of the job is wrong: .*nodes_per"),
+    ],
+)
+def test_a_mistake_is_named(name, options, message, monkeypatch):
+    monkeypatch.setattr(grid, "jobs", functools.partial(grid.jobs, cluster="local"))
+    with pytest.raises(ValueError, match=message):
+        grid.executor(name, 1, **options)
+
+
+@pytest.mark.parametrize(("name", "module"), [("dask", "distributed"), ("slurm", "submitit")])
+def test_a_missing_extra_is_named(name, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with (
+        pytest.raises(ImportError, match=rf"pip install .srlib\[{name}\]"),
+        contextlib.ExitStack() as stack,
+    ):
+        stack.enter_context(grid.executor(name, 1))

@@ -113,7 +113,7 @@ def draw_surface():
 
 def draw_minutes():
     tables = [case_tables.cases(SYSTEMS, n=8, minutes=minutes) for minutes in (1.5, 3)]
-    panels = {"one": ["both", "conv"], "two": ["both", "none", "absent"]}
+    panels = {"one": ["segresmamba", "conv"], "two": ["segresmamba", "none", "absent"]}
     return plots.dice_over_minutes(pd.concat(tables), panels)
 
 
@@ -142,9 +142,9 @@ def accuracy():
     return table.assign(seed=[0, 1] * 2)
 
 
-SYSTEMS = {"both": 0.0, "none": -0.01, "conv": 0.005}
+SYSTEMS = {"segresmamba": 0.0, "none": -0.01, "conv": 0.005}
 CASES = case_tables.cases(SYSTEMS)
-FIRST = CASES[(CASES["system"] == "both") & (CASES["seed"] == 0)]
+FIRST = CASES[(CASES["system"] == "segresmamba") & (CASES["seed"] == 0)]
 FIGURES = {
     "signals": draw_signals,
     "heat_maps": draw_heat_maps,
@@ -159,7 +159,7 @@ FIGURES = {
     "volume_agreement": lambda: plots.volume_agreement(metrics_table()),
     "surface_map": draw_surface,
     "interval_rows": lambda: plots.interval_rows(CASES),
-    "paired_rows": lambda: plots.paired_rows(CASES, "both"),
+    "paired_rows": lambda: plots.paired_rows(CASES, "segresmamba"),
     "error_by_volume": lambda: plots.error_by_volume(FIRST),
     "dice_over_minutes": draw_minutes,
     "reliability": draw_reliability,
@@ -350,11 +350,11 @@ def test_metric_strips_show_each_case_and_the_quartiles():
 
 
 def test_paired_rows_show_every_case_once_as_a_point_or_counted_at_the_rim():
-    cases = case_tables.cases({"both": 0.0, "none": -0.01}, n=60)
+    cases = case_tables.cases({"segresmamba": 0.0, "none": -0.01}, n=60)
     for seed in (0, 1, 2):  # one case in which the other network fails
         failed = (cases["system"] == "none") & (cases["case"] == cases["case"].iloc[0])
         cases.loc[failed & (cases["seed"] == seed), "dice"] -= 0.5
-    figure = plots.paired_rows(cases, "both")
+    figure = plots.paired_rows(cases, "segresmamba")
     axis = figure.axes[0]
     FigureCanvasAgg(figure).draw()
     counted = [
@@ -376,8 +376,10 @@ def test_paired_rows_show_every_case_once_as_a_point_or_counted_at_the_rim():
 
 
 def test_a_long_training_is_not_joined_to_the_budgets_of_the_curve():
-    tables = [case_tables.cases({"both": 0.0}, n=8, minutes=minutes) for minutes in (3, 12, 60)]
-    (axis,) = plots.dice_over_minutes(pd.concat(tables), {"": ["both"]}).axes
+    tables = [
+        case_tables.cases({"segresmamba": 0.0}, n=8, minutes=minutes) for minutes in (3, 12, 60)
+    ]
+    (axis,) = plots.dice_over_minutes(pd.concat(tables), {"": ["segresmamba"]}).axes
     assert [len(bars.lines[0].get_xdata()) for bars in axis.containers] == [1, 2]
 
 

@@ -30,7 +30,7 @@ def test_what_is_said_to_fit_was_counted_to_fit(tables):
 
 
 def test_the_cost_is_steps_by_seconds(tables):
-    step = grid.systems()["step_seconds"]["both"]
+    step = grid.systems()["step_seconds"]["segresmamba"]
     (config,) = grid.configs("long")
     row = tables.cost().loc["long"]
     assert (row["runs"], row["steps"]) == (1, config.steps)

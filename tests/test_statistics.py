@@ -51,7 +51,7 @@ def test_a_detectable_difference_is_detected_in_80_of_100_samples():
 
 
 def test_a_case_is_averaged_over_seeds_and_classes_before_cases_are():
-    table = case_tables.cases({"both": 0.0}, n=4)
+    table = case_tables.cases({"segresmamba": 0.0}, n=4)
     table["dice"] = np.arange(len(table)) / 100
     values = statistics.case_values(table, DICE).set_index(["class", "case"])["value"]
     rows = table[table["case"] == "case 0-2"]
@@ -63,7 +63,7 @@ def test_a_case_is_averaged_over_seeds_and_classes_before_cases_are():
 
 
 def test_summary_tells_seeds_from_cases():
-    table = case_tables.cases({"both": 0.0}, folds=range(3), seeds=range(8), seed_sd=0.01)
+    table = case_tables.cases({"segresmamba": 0.0}, folds=range(3), seeds=range(8), seed_sd=0.01)
     row = statistics.summary(table, DICE).set_index("class").loc["mean"]
     assert (row["n"], row["runs"]) == (60, 24)
     assert row["low"] < row["mean"] < row["high"]
@@ -75,7 +75,7 @@ def test_summary_tells_seeds_from_cases():
 
 
 def test_a_seed_that_only_some_folds_have_counts_with_their_share():
-    table = case_tables.cases({"both": 0.0}, folds=(0, 1))
+    table = case_tables.cases({"segresmamba": 0.0}, folds=(0, 1))
     table = table[(table["fold"] == 0) | (table["seed"] == 0)]
     row = statistics.summary(table, DICE).iloc[0]
     means = table[table["class"] == row["class"]].groupby(["fold", "seed"])["dice"].mean()
@@ -84,8 +84,8 @@ def test_a_seed_that_only_some_folds_have_counts_with_their_share():
 
 
 def test_comparison_finds_what_is_there_and_nothing_else():
-    table = case_tables.cases({"both": 0.0, "same": 0.0, "worse": -0.02}, n=50, seed_sd=0)
-    rows = statistics.compare(table, "both", DICE).set_index(["system", "class"])
+    table = case_tables.cases({"segresmamba": 0.0, "same": 0.0, "worse": -0.02}, n=50, seed_sd=0)
+    rows = statistics.compare(table, "segresmamba", DICE).set_index(["system", "class"])
     same, worse = rows.loc[("same", "mean")], rows.loc[("worse", "mean")]
     assert worse["low"] < -0.02 < worse["high"] < 0
     assert worse["p_holm"] < 1e-6
@@ -97,48 +97,50 @@ def test_comparison_finds_what_is_there_and_nothing_else():
 
 def test_interval_of_other_seeds_adds_welch_s_of_the_trainings_in_quadrature():
     table = case_tables.cases(seed_sd=0.02)
-    row = statistics.compare(table, "both", DICE, ["mean"]).iloc[0]
+    row = statistics.compare(table, "segresmamba", DICE, ["mean"]).iloc[0]
     assert row["low_all"] < row["low"] < row["high"] < row["high_all"]
     means = statistics.run_means(table, DICE).query("`class` == 'mean'").groupby("system")["value"]
-    pair = [means.get_group(name) for name in ("none", "both")]
+    pair = [means.get_group(name) for name in ("none", "segresmamba")]
     welch = stats.ttest_ind(*pair, equal_var=False).confidence_interval()
     above = row["high"] - row["difference"], welch.high - row["difference"]
     assert row["high_all"] - row["difference"] == pytest.approx(math.hypot(*above))
-    one = statistics.compare(table[table["seed"] == 0], "both", DICE, ["mean"])
+    one = statistics.compare(table[table["seed"] == 0], "segresmamba", DICE, ["mean"])
     assert one[["low_all", "high_all", "se_seeds"]].isna().all(axis=None)
 
 
 def test_comparison_is_antisymmetric():
     table = case_tables.cases()
-    there, back = (statistics.compare(table, name, DICE) for name in ("both", "none"))
+    there, back = (statistics.compare(table, name, DICE) for name in ("segresmamba", "none"))
     assert there["difference"].tolist() == pytest.approx((-back["difference"]).tolist())
     for column in ("p", "sd_cases", "se_seeds", "detectable"):
         assert there[column].tolist() == pytest.approx(back[column].tolist())
 
 
 def test_holm_s_family_is_what_is_asked_for():
-    table = case_tables.cases({"both": 0.0, "a": -0.002, "b": 0.003})
-    alone = statistics.compare(table, "both", DICE, ["mean"]).set_index("system")
+    table = case_tables.cases({"segresmamba": 0.0, "a": -0.002, "b": 0.003})
+    alone = statistics.compare(table, "segresmamba", DICE, ["mean"]).set_index("system")
     assert sorted(alone["p_holm"]) == sorted(
         [min(1, 2 * alone["p"].min()), max(alone["p"].max(), min(1, 2 * alone["p"].min()))]
     )
-    whole = statistics.compare(table, "both")
+    whole = statistics.compare(table, "segresmamba")
     assert len(whole) == 2 * 3 * 3
     assert whole["p_holm"].min() == pytest.approx(min(1, 18 * whole["p"].min()))
 
 
 def test_only_cases_that_both_have_are_compared():
     table = case_tables.cases(folds=(0, 1))
-    table = table[(table["system"] == "both") | (table["fold"] == 0)]
-    row = statistics.compare(table, "both", DICE, ["mean"]).iloc[0]
-    expected = statistics.compare(table[table["fold"] == 0], "both", DICE, ["mean"]).iloc[0]
+    table = table[(table["system"] == "segresmamba") | (table["fold"] == 0)]
+    row = statistics.compare(table, "segresmamba", DICE, ["mean"]).iloc[0]
+    expected = statistics.compare(table[table["fold"] == 0], "segresmamba", DICE, ["mean"]).iloc[0]
     pd.testing.assert_series_equal(row, expected)
 
 
 def test_a_difference_in_words_is_an_interval():
-    (row,) = statistics.compare(case_tables.cases(), "both", DICE, ["mean"]).to_dict("records")
+    (row,) = statistics.compare(case_tables.cases(), "segresmamba", DICE, ["mean"]).to_dict(
+        "records"
+    )
     text = statistics.in_words(row)
-    assert text.startswith("none minus both, dice, mean: -0.0")
+    assert text.startswith("none minus segresmamba, dice, mean: -0.0")
     assert f"interval over 20 cases {row['low']:+.3f} to {row['high']:+.3f}, " in text
     assert f"{row['low_all']:+.3f} to {row['high_all']:+.3f} with other seeds" in text
     assert "one seed" in statistics.in_words(row | {"se_seeds": math.nan})
@@ -151,25 +153,31 @@ def spoilt(**changes):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (spoilt(steps=lambda t: np.where(t["system"] == "both", 1500, 900)), "different budgets"),
+        (
+            spoilt(steps=lambda t: np.where(t["system"] == "segresmamba", 1500, 900)),
+            "different budgets",
+        ),
         (spoilt(dice=lambda t: t["dice"].where(t.index > 0)), "values that are missing"),
         (pd.concat([spoilt(), spoilt()]), "a run's case twice"),
         (spoilt(fold=lambda t: t["seed"]), "in more than one fold"),
         (spoilt().drop(columns="seed"), "lacks the columns seed"),
-        (spoilt(case=lambda t: t["system"] + t["case"]), "'none' and 'both' share no case"),
-        (spoilt(system="none"), "'both' and a system to compare it with are needed, got none"),
+        (spoilt(case=lambda t: t["system"] + t["case"]), "'none' and 'segresmamba' share no case"),
+        (
+            spoilt(system="none"),
+            "'segresmamba' and a system to compare it with are needed, got none",
+        ),
     ],
 )
 def test_a_table_that_would_mislead_is_refused(table, message):
     table = table.drop_duplicates(statistics.KEYS) if (table["system"] == "none").all() else table
     with pytest.raises(ValueError, match=message):
-        statistics.compare(table, "both", DICE)
+        statistics.compare(table, "segresmamba", DICE)
 
 
 def test_at_equal_time_steps_may_differ():
     table = case_tables.cases(minutes=12.0)
-    table["steps"] = np.where(table["system"] == "both", 1500, 900)
-    assert len(statistics.compare(table, "both", DICE)) == 3
+    table["steps"] = np.where(table["system"] == "segresmamba", 1500, 900)
+    assert len(statistics.compare(table, "segresmamba", DICE)) == 3
 
 
 ROW = {"difference": -0.01, "low_all": -0.014, "high_all": -0.006, "se_seeds": 0.001}
