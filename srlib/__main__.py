@@ -110,20 +110,12 @@ def grid(
 
 
 @app.command()
-def claims(
-    write_readme: Annotated[bool, typer.Option(help="Write the table into README.md.")] = False,
-) -> None:
+def claims() -> None:
     """The paper's claims, and what the repository's tables say of them."""
-    from srlib import claims, site
+    from srlib import claims
 
-    table = claims.table()
-    for _, row in table.iterrows():
+    for _, row in claims.table().iterrows():
         typer.echo(f"{row['claim']}: {row['verdict']}")
-    if write_readme:
-        file = paths.ROOT / "README.md"
-        text = site.with_claims(file.read_text(encoding="utf-8"), table)
-        with paths.atomic_path(file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
 
 
 @app.command()
@@ -140,7 +132,7 @@ def verify(profile: Profile = "default", dataset: DatasetOption = "mni152") -> N
 
 @app.command()
 def store_reference(profile: Profile = "default", dataset: DatasetOption = "mni152") -> None:
-    """For maintainers: make the tables of seeds 0, 1 and 2 what runs are compared with."""
+    """For maintainers: make the last run's tables what runs are compared with."""
     from srlib import reference
 
     checked(lambda: reference.store(profile, dataset))

@@ -1,8 +1,9 @@
-"""The paper's claims, each held against committed tables: `07_claims`, the front page and the README show them.
+"""The paper's claims, each held against committed tables by a rule; `07_claims` and the front page show the table.
 
-Nothing here is a result. Published numbers come from `published.json`, measured ones from `results/reference/`, so that
-a row changes when its table does. The rules about Dice were written before their numbers were there; since then only
-the part of the seeds in an interval became wider (Welch's t instead of 1.96).
+Published numbers come from `published.json`, measured ones from `results/reference/`. Words about them are written by
+hand, in `07_claims` and the README, and `tests/test_claims.py` holds every verdict there to the one computed here. The
+rules about Dice were written before their numbers were there; since then only the part of the seeds in an interval
+became wider (Welch's t instead of 1.96).
 
 | verdict | memory, MACs, time: SegResMamba's, a multiple of each rival's | Dice: SegResMamba minus each rival |
 |---|---|---|
@@ -18,45 +19,37 @@ cases and other seeds (`gains`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
-from srlib import data, grid, paths, statistics
+from srlib import grid, paths, statistics
 from srlib.baselines import PEERS, SMALL
-from srlib.levers import LEVERS
 from srlib.profiling import PUBLISHED, published
 
 HOLDS, PART, FAILS, UNTESTED = "holds", "holds in part", "does not hold", "not tested here"
 TITLES = {name: peer.title for name, peer in PEERS.items()}
 OURS, FIRST = TITLES["segresmamba"], "btcv_128"  # the setting whose numbers are shown
 COMPARABLE = -1.0  # Dice points
-LIMITS = (
-    "One data set of small crops and networks scaled down: nothing is said about BTCV, BraTS or "
-    "Spleen, and little about long range."
-)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What the committed tables say of a claim: in words, as a row shows it.
-
-    Attributes:
-        verdict: one of the four.
-        measured, interval: the numbers and how far they reach.
-        on: which data or device, and how often.
-        why: what decided it, and what it leaves open.
-    """
+class Finding(NamedTuple):
+    """What the committed tables say of a claim: the verdict, the numbers and how far they reach."""
 
     verdict: str
     measured: str = "-"
     interval: str = "-"
-    on: str = "-"
-    why: str = ""
+
+
+def verdict(shown: pd.Series, excluded: pd.Series) -> str:
+    """One of the four, by which comparisons show what is claimed and which exclude it."""
+    if shown.any():
+        return HOLDS if shown.all() else PART
+    return FAILS if excluded.all() else UNTESTED
 
 
 def _times(values: pd.Series) -> str:
@@ -71,28 +64,9 @@ def _reach(rows: pd.DataFrame, form: str) -> str:
     return "; ".join(f"{r.Index} {r.low:{form}} to {r.high:{form}}" for r in rows.itertuples())
 
 
-def _grouped(groups: dict[str, pd.Series]) -> str:
-    """Which rivals are in which group, a sentence for each that has some."""
-    named = {name: ", ".join(member.index[member]) for name, member in groups.items()}
-    return "".join(f"{name}: {rivals}. " for name, rivals in named.items() if rivals)
-
-
-def _multiples(table: str, column: str) -> pd.Series:
-    """A printed number, SegResMamba's as a multiple of each rival's."""
-    values = published(table)[column]
-    return values[OURS] / values.drop(OURS)
-
-
-def verdict(shown: pd.Series, excluded: pd.Series) -> str:
-    """In words, of comparisons that show what is claimed and of those that exclude it."""
-    if shown.any():
-        return HOLDS if shown.all() else PART
-    return FAILS if excluded.all() else UNTESTED
-
-
 # --- Memory, arithmetic and time: multiples of each rival's ---------------------------------------
 
-# What is saved -> measured in which file and column, printed in which table and column (None: one a setting), bar.
+# Saved -> measured in which file and column, printed in which table and column (None: one a setting), bar.
 RESOURCES: dict[str, tuple[str, str, str, str | None, float]] = {
     "memory": ("gpu/memory.csv", "allocated", "table8_training_memory_gb", None, 0.5),
     "MACs": ("memory/counted.csv", "gmacs", "table1_btcv", "macs_g", 1),
@@ -122,107 +96,43 @@ def ratios(resource: str) -> pd.DataFrame:
     )
 
 
-def _saved(resource: str, further: Callable[[], str]) -> Finding:
+def _saved(resource: str) -> Finding:
     """A claim that SegResMamba needs less."""
     found, (file, *_, bar) = ratios(resource), RESOURCES[resource]
     below = pd.concat([found["low"], found["high"]]) < bar
-    groups = {
-        f"Nowhere below {bar:g}": found["low"] >= bar,
-        f"Below {bar:g} in some settings only": (found["low"] < bar) & (found["high"] >= bar),
-    }
-    rows = _as_is(file)
-    settings, device = rows["setting"].nunique(), rows.get("device", pd.Series(["counted"]))
-    return Finding(
-        verdict(below, ~below),
-        _times(found["here"]),
-        f"{settings} settings: {_reach(found, '.2f')}" if settings > 1 else "none: a count",
-        f"{', '.join(device.unique())}; the paper's sizes, batch 1, fp32",
-        _grouped(groups) + further(),
-    )
-
-
-def _with_levers() -> str:
-    """What SegResMamba's own levers did, and who needs less when everyone may use bf16 and checkpoints."""
-    peak = _read("memory/levers.csv").query("precision == 'fp32'").set_index("lever")["peak"]
-    table = _read("gpu/memory.csv").query("setting == @FIRST")
-    least = table.groupby("peer", sort=False)["allocated"].min()
-    less = least[least < least["segresmamba"]].rename(TITLES)
-    with_both = table.query("checkpointing and precision != 'fp32'")["peer"]
-    lacking = [TITLES[peer] for peer in least.index.drop(with_both)]
-    return (
-        f"Written straightforwardly it would need {peak.iloc[0] / peak[LEVERS['norms']]:.1f} times as much (counted). "
-        f"If each uses bf16 and checkpoints as suits it, less is needed by {'; '.join(less.index) or 'none'}"
-        f" (both at once not measured: {'; '.join(lacking) or 'none'})."
-    )
-
-
-def _of_times() -> str:
-    """What else the times of the GPU depend on, and those of the networks that are trained to compare Dice."""
-    fastest = _as_is("gpu/memory.csv").pivot_table("step_s", "peer", "size", aggfunc="min")
-    odd = fastest.index[fastest.T.sort_index().diff().min() < 0].map(TITLES)
-    seconds = _read("cpu/systems.csv").set_index("system")["step_seconds"]
-    times = (seconds["segresmamba"] / seconds[[*SMALL]]).rename(_titles())
-    warning = f"Slower on small images than on large ones, so timed by more than the GPU: {'; '.join(odd)}. "
-    works = ["setting", "peer", "precision", "checkpointing"]
-    both = _read("gpu/memory.csv").merge(_read("gpu/memory_again.csv"), on=works)
-    again = both["step_s_y"] / both["step_s_x"]
-    return (
-        f"{warning if len(odd) else ''}Measured again on another host, without the rivals, SegResMamba's step took "
-        f"{again.min():.1f} to {again.max():.1f} times as long. The small networks of claim 2 on two threads of a CPU: "
-        f"{_times(times)}. Steps alone are timed; the paper's epochs also load and validate."
-    )
-
-
-def _co2() -> Finding:
-    """Table 6 from its first column: 200 epochs, five folds, 250 W, and a cloud's kg for a kWh."""
-    table = published("table6_time_co2")
-    kwh = 5 * table["epoch_s"] * 200 / 3600 * 0.25
-    factors = {"azure": 0.57, "google": 0.62, "amazon": 0.61}
-    off = max((kwh * f - table[f"co2_kg_{cloud}"]).abs().max() for cloud, f in factors.items())
-    why = f"The printed CO2 is the time of an epoch times constants, within {off:.2f} kg: claim 4 again. "
-    return Finding(UNTESTED, why=why + "Energy was measured neither there nor here.")
+    settings = _as_is(file)["setting"].nunique()
+    reach = f"{settings} settings: {_reach(found, '.2f')}" if settings > 1 else "none: a count"
+    return Finding(verdict(below, ~below), _times(found["here"]), reach)
 
 
 def _parameters() -> Finding:
     """Printed with two decimals, so that agreement within 0.5 % can be asked for."""
     counted = _as_is("memory/counted.csv").set_index("peer")["trained"].rename(TITLES) / 1e6
-    printed = published("table7_size_btcv")["params_m"]
     ours = counted[[OURS, TITLES["segresmamba_released"]]]
-    peers = counted[counted.index.intersection(printed.index).drop(OURS)]
-    fits = (ours / printed[OURS] - 1).abs() < 0.005
-    alike = ((peers / printed[peers.index] - 1).abs() < 0.005).sum()
-    why = f"The same count gives what is printed for {alike} of {len(peers)} peers. "
-    return Finding(
-        HOLDS if fits.any() else FAILS,
-        ", ".join(f"{value:.2f} M {name}" for name, value in ours.items()),
-        "none: a count",
-        "parameters that receive a gradient; 1 channel, 14 classes",
-        why + "The public code registers more than it uses: 05_memory.",
-    )
+    fits = (ours / published("table7_size_btcv")["params_m"][OURS] - 1).abs() < 0.005
+    measured = ", ".join(f"{value:.2f} M {name}" for name, value in ours.items())
+    return Finding(HOLDS if fits.any() else FAILS, measured, "none: a count")
+
+
+def _as_is(file: str) -> pd.DataFrame:
+    """A table's rows without levers; of counts, which are of no setting, those of the first one's size."""
+    table = pd.read_csv(paths.REFERENCE / file, comment="#")
+    table = table[(table["precision"] == "fp32") & ~table["checkpointing"]]
+    if "setting" in table:
+        return table
+    return table[table["size"] == PUBLISHED["settings"][FIRST]["size"]].assign(setting=FIRST)
 
 
 # --- Dice: SegResMamba minus each rival -----------------------------------------------------------
 
 
-def _printed_gaps() -> pd.Series:
-    """Printed Dice on BTCV, SegResMamba's minus each rival's, points."""
-    dice = published("table1_btcv")["dice"]
-    return 100 * (dice[OURS] - dice.drop(OURS))
-
-
-def _printed_steps(ablation: str) -> pd.Series:
-    """Points that each row of a printed ablation adds to the one before."""
-    return 100 * published(ablation)["dice"].diff().dropna()
-
-
-@dataclass(frozen=True)
-class Lead:
+class Lead(NamedTuple):
     """A claim about Dice: SegResMamba is ahead of rivals.
 
     Attributes:
         grids: whose runs decide.
         published: rival (key of a system) -> points ahead in the paper; NaN: a rival that it does not have.
-        claimed: points ahead; an interval below excludes them. `None`: what is published.
+        claimed: points ahead; an interval below excludes them. `None`: as published.
         bar: points that an interval has to lie above.
     """
 
@@ -232,11 +142,14 @@ class Lead:
     bar: float = 0.0
 
 
-_TOM, (_CMMB, _CONVOLUTION) = (
-    _printed_steps("table5_tom_btcv").iloc[0],
-    _printed_steps("table4_ablation_btcv"),
+_DICE = 100 * published("table1_btcv")["dice"]
+_GAPS = _DICE[OURS] - _DICE.drop(OURS)  # printed, points
+_TOM, _CMMB, _CONVOLUTION = (  # points that each row of an ablation adds to the one before
+    step
+    for table in ("table5_tom_btcv", "table4_ablation_btcv")
+    for step in 100 * published(table)["dice"].diff().dropna()
 )
-_PEERS = {name: _printed_gaps().get(peer.title) for name, peer in SMALL.items()}
+_PEERS = {name: _GAPS.get(peer.title) for name, peer in SMALL.items()}
 LEADS = {
     "peers": Lead(("peers",), pd.Series(_PEERS, dtype=float).dropna(), COMPARABLE, COMPARABLE),
     "ToM": Lead(("tom",), pd.Series({"none": _TOM, "conv": np.nan}), _TOM),
@@ -265,7 +178,7 @@ def gains(name: str) -> pd.DataFrame:
     cases = cases[cases["system"].isin(["segresmamba", *lead.published.index])]
     cases = cases.drop_duplicates(statistics.KEYS)
     if not {"segresmamba"} < set(cases["system"]):
-        raise FileNotFoundError(f"grid {' and '.join(lead.grids)}")
+        raise FileNotFoundError(f"no committed runs: grid {' and '.join(lead.grids)}")
     found = statistics.compare(cases, "segresmamba", ("dice",), ("mean",)).set_index("system")
     points = {
         "here": -found["difference"],
@@ -275,7 +188,8 @@ def gains(name: str) -> pd.DataFrame:
     }
     table = pd.DataFrame({"published": lead.published} | {k: 100 * v for k, v in points.items()})
     trainings = cases.groupby("system")["run"].nunique()
-    return table.assign(n=found["n"], runs=trainings).rename(_titles())
+    titles = {name: system.title for name, system in grid.SYSTEMS.items()}
+    return table.assign(n=found["n"], runs=trainings).rename(titles)
 
 
 def _ahead(name: str) -> Finding:
@@ -283,27 +197,11 @@ def _ahead(name: str) -> Finding:
     lead, found = LEADS[name], gains(name)
     shown = found["low"] > lead.bar
     excluded = ~shown & (found["high"] < (lead.claimed or found["published"]))
-    groups = {
-        "Shown": shown,
-        "Not shown, and as much as claimed is excluded": excluded,
-        "Open": ~shown & ~excluded & found["here"].notna(),
-        "No table yet": found["here"].isna(),
-    }
     known = found.dropna(subset="here")
     once = known.index[known["low"].isna()]
     unknown = f"none for {', '.join(once)}: one training" if len(once) else ""
-    runs = pd.concat([grid.runs(name) for name in lead.grids])
-    runs = runs[runs["system"].isin(["segresmamba", *lead.published.index])]
-    (dataset,), (steps,) = runs["dataset"].unique(), runs["steps"].unique()
-    return Finding(
-        verdict(shown, excluded),
-        _points(known["here"]),
-        "; ".join(part for part in (_reach(known.drop(once), "+.2f"), unknown) if part),
-        f"{data.get(dataset).title}: {known['n'].max():.0f} cases, up to {known['runs'].max():.0f} trainings a "
-        f"system of {steps} steps, {' and '.join(runs['device'].unique())}",
-        f"{_grouped(groups)}The cases alone can show {known['detectable'].min():.2f} to "
-        f"{known['detectable'].max():.2f} points. {LIMITS}",
-    )
+    reach = "; ".join(part for part in (_reach(known.drop(once), "+.2f"), unknown) if part)
+    return Finding(verdict(shown, excluded), _points(known["here"]), reach)
 
 
 # --- All of them ----------------------------------------------------------------------------------
@@ -311,34 +209,35 @@ def _ahead(name: str) -> Finding:
 
 def _abstract() -> Finding:
     """As much as claims 1 to 4, which are in it."""
-    parts = {f"claim {k + 1}": finding(claim).verdict for k, claim in enumerate([*CLAIMS][:4])}
-    found = pd.Series(parts)
+    found = pd.Series([finding(claim).verdict for claim in [*CLAIMS][:4]])
     summed = verdict(found == HOLDS, found == FAILS)
-    summed = PART if summed != HOLDS and found.isin([HOLDS, PART]).any() else summed
-    return Finding(summed, why="; ".join(f"{k}: {v}" for k, v in parts.items()) + ".")
+    return Finding(PART if summed != HOLDS and found.isin([HOLDS, PART]).any() else summed)
 
 
-# Claim and where it is made -> what is printed, and what the committed tables say.
+def _multiples(table: str, column: str) -> str:
+    """A printed number, SegResMamba's as a multiple of each rival's."""
+    values = published(table)[column]
+    return _times(values[OURS] / values.drop(OURS))
+
+
+# Claim and where it is made -> as printed, and found in the committed tables.
 CLAIMS: dict[str, tuple[str, Callable[[], Finding]]] = {
     "1. Less than half the training memory (table 8)": (
-        _times(_multiples("table8_training_memory_gb", FIRST)),
-        lambda: _saved("memory", _with_levers),
+        _multiples("table8_training_memory_gb", FIRST),
+        lambda: _saved("memory"),
     ),
-    "2. Comparable Dice (tables 1 to 3)": (
-        _points(_printed_gaps()),
-        lambda: _ahead("peers"),
-    ),
+    "2. Comparable Dice (tables 1 to 3)": (_points(_GAPS), lambda: _ahead("peers")),
     "3. Fewer MACs (tables 1 to 3)": (
-        _times(_multiples("table1_btcv", "macs_g")),
-        lambda: _saved("MACs", lambda: "Table 1's counter sees too much: 05_memory."),
+        _multiples("table1_btcv", "macs_g"),
+        lambda: _saved("MACs"),
     ),
     "4. Shorter training (table 6)": (
-        _times(_multiples("table6_time_co2", "epoch_s")),
-        lambda: _saved("time", _of_times),
+        _multiples("table6_time_co2", "epoch_s"),
+        lambda: _saved("time"),
     ),
     "5. Lower CO2 (figure 3, table 6)": (
-        _times(_multiples("table6_time_co2", "co2_kg_azure")),
-        _co2,
+        _multiples("table6_time_co2", "co2_kg_azure"),
+        lambda: Finding(UNTESTED),  # energy was measured neither there nor here
     ),
     "6. ToM matters (table 5)": (f"{_TOM:+.2f} points", lambda: _ahead("ToM")),
     "7. CMMB and the extra convolution matter (table 4)": (
@@ -357,43 +256,33 @@ CLAIMS: dict[str, tuple[str, Callable[[], Finding]]] = {
 
 
 def finding(claim: str) -> Finding:
-    """What the committed tables say of a claim; one that lacks its table has not been tested, and says so."""
+    """The committed tables' answer to a claim; one that lacks its table has not been tested."""
     try:
         return CLAIMS[claim][1]()
-    except FileNotFoundError as error:
-        missing = Path(error.filename).name if error.filename else str(error)
-        return Finding(UNTESTED, why=f"No committed table: {missing}.")
+    except FileNotFoundError:
+        return Finding(UNTESTED)
 
 
 def table() -> pd.DataFrame:
-    """A row for each claim: `claim`, `verdict`, `published`, `measured here`, `interval`, `on`, `why`."""
-    rows = []
-    for claim, (printed, _) in CLAIMS.items():
-        found = finding(claim)
-        row = {"claim": claim, "verdict": found.verdict, "published": printed}
-        row |= {"measured here": found.measured, "interval": found.interval}
-        rows.append(row | {"on": found.on, "why": found.why})
-    return pd.DataFrame(rows)
+    """A row for each claim: `claim`, `verdict`, `published`, `measured here`, `interval`."""
+    rows = [(claim, *finding(claim), printed) for claim, (printed, _) in CLAIMS.items()]
+    found = pd.DataFrame(
+        rows, columns=["claim", "verdict", "measured here", "interval", "published"]
+    )
+    return found[["claim", "verdict", "published", "measured here", "interval"]]
+
+
+def written(markdown: str) -> dict[str, str]:
+    """Claims and verdicts of a text: its paragraphs `**claim: verdict.** ...` and rows `| claim | verdict | ...`."""
+    claims = "|".join(map(re.escape, sorted(CLAIMS, key=len, reverse=True)))
+    verdicts = "|".join((PART, HOLDS, FAILS, UNTESTED))
+    found = re.findall(
+        rf"(?m)^(?:\*\*|\| )({claims})(?:: | \| )({verdicts})(?:\.\*\*| \|)", markdown
+    )
+    return dict(found)
 
 
 def html(claims: pd.DataFrame) -> str:
     """A table of claims as HTML, with a caption and headers that a screen reader announces."""
     environment = Environment(loader=PackageLoader("srlib", "."), autoescape=True, trim_blocks=True)
     return environment.get_template("claims.html.j2").module.table(claims.to_dict("records"))  # type: ignore[attr-defined]
-
-
-def _titles() -> dict[str, str]:
-    return {name: system.title for name, system in grid.SYSTEMS.items()}
-
-
-def _as_is(file: str) -> pd.DataFrame:
-    """A table's rows without levers; of counts, which are of no setting, those of the first one's size."""
-    table = _read(file)
-    table = table[(table["precision"] == "fp32") & ~table["checkpointing"]]
-    if "setting" in table:
-        return table
-    return table[table["size"] == PUBLISHED["settings"][FIRST]["size"]].assign(setting=FIRST)
-
-
-def _read(file: str) -> pd.DataFrame:
-    return pd.read_csv(paths.REFERENCE / file, comment="#")

@@ -169,7 +169,7 @@ def stamp(plan: Plan, notebook: Path) -> str:
         "run": [plan.profile, plan.dataset, data.fingerprint(plan.dataset), *data.present()],
         "sources": _hash_files(paths.ROOT / "srlib", ("*.py", "*.json", "*.mplstyle")),
         "reference": [
-            _hash_files(folder, ("*.csv", "*.json", "*.md", "*.safetensors"))
+            _hash_files(folder, ("*.csv", "*.json*", "*.md", "*.safetensors"))
             for folder in sorted(paths.REFERENCE.glob("*/"))
             if folder.name not in profiles.PROFILES  # what runs are compared with, not made from
         ],
@@ -230,7 +230,7 @@ def _fill(plan: Plan, force: bool) -> None:
         f"results: {_shown(plan.results)}\n"
         f"to read: {_shown(site.write_index(plan.results, plan.manifest))}"
     )
-    if plan.seed == 0 and reference.exists(plan.profile, plan.dataset):
+    if plan.seed == 0 and reference.folder(plan.profile, plan.dataset).is_dir():
         print(reference.verdict(reference.compare(plan.profile, plan.dataset, done)))
 
 

@@ -38,8 +38,6 @@ main .jp-Cell .jp-RenderedHTMLCommon a { text-decoration: underline; }
 """
 README_FIGURES = ("00-real-case", "04-equal-steps", "06-cue-accuracy", "05-parts")  # in this order
 README_PIXELS = (1400, 1400)  # at most, across and down
-CLAIMS_START = "<!-- claims: written by python -m srlib claims --write-readme -->"
-CLAIMS_END = "<!-- end of claims -->"
 CLAIMS = "tables/07-claims.csv"  # the verdicts, which the notebook about the claims writes
 
 
@@ -112,15 +110,6 @@ def write_index(results: Path, manifest: Mapping[str, Any]) -> Path:
     with atomic_path(results / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return results / "index.html"
-
-
-def with_claims(readme: str, claims: pd.DataFrame) -> str:
-    """A README's text with a table of claims between its markers, without the columns that take much room."""
-    shown = claims[["claim", "verdict", "published", "measured here"]]
-    lines = [[*shown], ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    before, rest = readme.split(CLAIMS_START)
-    return f"{before}{CLAIMS_START}\n\n{table}\n\n{CLAIMS_END}{rest.split(CLAIMS_END)[1]}"
 
 
 def duration(seconds: float) -> str:
