@@ -81,7 +81,7 @@ def _compare_table(computed: Path, stored: Path) -> list[tuple]:
     if len(table) != len(reference) or [*table] != [*reference]:
         return [(name, 0, "other rows or columns", np.nan, np.nan, 0.0, False)]
     rows = []
-    for column in (c for c in table.select_dtypes("number") if not MACHINE.search(c)):
+    for column in (c for c in map(str, table.select_dtypes("number")) if not MACHINE.search(c)):
         whole = all(pd.api.types.is_integer_dtype(t[column]) for t in (table, reference))
         for row, (value, expected) in enumerate(zip(table[column], reference[column], strict=True)):
             metric = table["metric"][row] if "metric" in table else ""
