@@ -64,8 +64,8 @@ def compare(profile: str, dataset: str, notebooks: Iterable[str]) -> pd.DataFram
     if not stored.is_dir():
         raise FileNotFoundError(f"no reference for profile {profile}, data set {dataset}")
     numbers = tuple(f"{notebook[:2]}-" for notebook in notebooks)
-    names = {file.name for root in (computed, stored) for file in root.glob("*.csv")}
-    names = sorted(name for name in names if name.startswith(numbers))
+    found = {file.name for root in (computed, stored) for file in root.glob("*.csv")}
+    names = sorted(name for name in found if name.startswith(numbers))
     rows = [row for name in names for row in _compare_table(computed / name, stored / name)]
     columns = ["table", "row", "column", "value", "reference", "tolerance", "agrees"]
     return pd.DataFrame(rows, columns=columns)
