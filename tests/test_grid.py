@@ -13,11 +13,13 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from math import nan
 from pathlib import Path
 
+import case_tables
+import nbformat
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from srlib import grid, paths, train
+from srlib import grid, paths, plots, statistics, train
 from srlib.__main__ import app
 from srlib.runs import RunConfig, run_id
 
@@ -242,6 +244,98 @@ def test_unknown_grid_is_answered_with_the_known_ones():
     result = CliRunner().invoke(app, ["grid", "everything"])
     assert result.exit_code == 2
     assert "'everything' is not one of rates, tom" in result.output
+
+
+# --- For the notebooks ----------------------------------------------------------------------------
+
+
+def keep_cases(config: RunConfig) -> None:
+    """Put down what a run on six cases would leave."""
+    table = case_tables.cases({"any": 0.0}, (config.fold,), (config.seed,), n=6)
+    grid.keep(config, table[[*grid.COLUMNS]].to_csv(index=False), RECORD)
+
+
+def test_nothing_is_there_yet(reference, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "REFERENCE", reference / "empty")
+    table = grid.committed("tom", "peers")
+    assert table.empty
+    assert {"system", "title", "dice", "device"} <= set(table)
+    assert capsys.readouterr().out.splitlines() == [
+        "grid tom: the repository holds nothing of it yet",
+        "grid peers: the repository holds nothing of it yet",
+    ]
+
+
+def test_a_run_of_two_grids_comes_once(capsys):
+    assert grid.committed("tom").empty
+    (both,) = set(grid.configs("tom")[:3]) & set(grid.configs("peers"))
+    others = grid.configs("tom")[1], grid.configs("peers")[1]
+    for config in (both, *others):
+        keep_cases(config)
+    table = grid.committed("tom", "peers")
+    assert len(table) == 3 * 6 * 2
+    assert table["system"].unique().tolist() == [
+        "segresmamba",
+        *(config.system for config in others),
+    ]
+    assert "grid peers: the repository holds 2 of 21 runs" in capsys.readouterr().out
+    assert grid.made_with(table) == (
+        "hippocampus, 6 cases | fold 0, seed 0 | 1,800 steps | a device"
+    )
+
+
+def test_a_table_of_equal_time_says_so():
+    table = pd.concat(
+        case_tables.cases(minutes=minutes).assign(steps=steps, fold=fold)
+        for fold, (minutes, steps) in enumerate(((3.0, 100), (12.0, 400)))
+    )
+    expected = "made up, 20 cases | fold 0-1, seed 0-2 | the steps of 3-12 minutes | no device"
+    assert grid.made_with(table) == expected
+
+
+READ = ("tom", "peers", "peers-time", "curve", "long")
+
+
+@pytest.mark.parametrize(
+    ("kept", "drawn"),
+    [
+        (0, set()),
+        (1, {"04-error-volume", "04-hippocampus-volumes", "04-long"}),
+        (99, {"04-equal-steps", "04-paired", "04-equal-time", "04-minutes", "04-long", "04-folds"}),
+    ],
+)
+def test_notebook_needs_no_number_of_committed_runs(kept, drawn, reference, monkeypatch):
+    """Its cells that read the repository's runs, with none, the first of each grid, or all."""
+    table = grid.systems().assign(gmacs=1.5)
+    table.to_csv(reference / "cpu" / "systems.csv")
+    monkeypatch.setattr(statistics, "RESAMPLES", 99)
+    for config in {config for name in READ for config in grid.configs(name)[:kept]}:
+        keep_cases(config)
+    shown = []
+    for method in ("show", "table"):
+        monkeypatch.setattr(plots.Record, method, lambda _, what, name, **__: shown.append(name))
+    names = {"PROFILE": "smoke", "DATASET": "mni152", "SEED": 0, "committed": grid.committed}
+    names |= {
+        "made_with": grid.made_with,
+        "plots": plots,
+        "statistics": statistics,
+        "SYSTEMS": grid.SYSTEMS,
+    }
+    names |= {"FOLDS": grid.FOLDS, "systems": grid.systems, "pd": pd}
+    names |= {"MINUTES": grid.MINUTES, "LONG_MINUTES": grid.LONG_MINUTES}
+    cells = nbformat.read(paths.NOTEBOOKS / "04_evaluation.ipynb", as_version=4).cells
+    for cell in cells:
+        if "committed" in cell.metadata.get("tags", []):
+            exec(cell.source, names)
+    assert drawn <= set(shown)
+    assert kept or not shown
+
+
+def test_costs_are_those_of_the_committed_table(monkeypatch):
+    monkeypatch.undo()
+    found, stored = grid.cost("none"), grid.systems().loc["none"]
+    assert found["parameters"] == stored["parameters"]
+    assert found["gmacs"] == pytest.approx(stored["gmacs"], rel=1e-4)
 
 
 # --- Executors: the tables of the undisturbed grid ---------------------------------------------
