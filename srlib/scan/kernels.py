@@ -107,9 +107,7 @@ def _scatter(target, tile, b, channel, places):
 def _whole_and_consecutive(places):
     """A chunk of CHUNK tokens that follow each other in memory."""
     consecutive = len(places) == CHUNK
-    for t in range(
-        1, len(places)
-    ):  # each: in the inter-slice order the ends alone may look like it
+    for t in range(1, len(places)):  # the ends alone can lie so in the inter-slice order, too
         consecutive &= places[t] - places[t - 1] == 1
     return consecutive
 
