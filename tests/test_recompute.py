@@ -2,12 +2,17 @@
 
 import gc
 import weakref
+from contextlib import suppress
+from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from srlib.model import CMMB, Downsample, Skip, UpStage
 from srlib.recompute import recomputed
+from srlib.scan import mixer
 
 
 class Watched(nn.Module):
@@ -61,3 +66,53 @@ def test_without_gradients_nothing_runs_twice():
     with torch.no_grad():
         assert not recomputed(x, norm, act, conv).requires_grad
     assert [len(layer.results) for layer in (norm, act, conv)] == [1, 1, 1]
+
+
+def test_differentiated_twice_it_is_still_right():
+    (norm, _, conv), x = layers()
+    functions = (norm.double(), torch.sigmoid, conv.double())
+    x = x.detach()[:, :, :3, :3, :3].double().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda t: recomputed(t, *functions), x)
+
+
+def test_a_function_whose_tensors_cannot_be_found_is_refused():
+    (norm, _, _), x = layers()
+    with pytest.raises(TypeError, match="expected modules, methods of theirs or plain functions"):
+        recomputed(x, lambda t: norm(t))
+
+
+class Network(nn.Module):
+    """One of each part that SegResMamba is made of, from map to map."""
+
+    def __init__(self):
+        super().__init__()
+        self.skip, self.block = Skip(8), CMMB(8, d_state=2)
+        self.down, self.up = Downsample(8, 16), UpStage(16, 8)
+
+    def forward(self, x):
+        x = self.block(recomputed(x, self.skip))
+        return self.up(self.down(x), x)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_changes_before_the_backward_pass_is_noticed(monkeypatch, fused):
+    """Any parameter, changed in place: an error, or the gradients that there would have been without the change."""
+    if not fused:
+        monkeypatch.setattr(mixer, "_can_fuse", lambda *_: False)
+    torch.manual_seed(0)
+    network = Network()
+    loss = network(torch.randn(1, 8, 3, 3, 3)).square().mean()
+    parameters = dict(network.named_parameters())
+    gradients = partial(torch.autograd.grad, loss, list(parameters.values()), retain_graph=True)
+    expected, unnoticed = gradients(), []
+    for name, parameter in parameters.items():
+        before = parameter.detach().clone()
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(parameter):
+            parameter.add_(1)
+            with suppress(RuntimeError):
+                found = gradients()
+                assert all(map(torch.equal, found, expected)), name
+                unnoticed.append(name)
+            parameter.copy_(before)
+    assert all(map(torch.equal, gradients(), expected))
+    assert unnoticed == []

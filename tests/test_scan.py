@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scan_inputs import NAMES, random_inputs, relative_error
 
-from srlib.scan import ORDERS, backends, choice, mamba_ssm, selective_scan, token_order
+from srlib.scan import ORDERS, backends, choice, mamba_ssm, operator, selective_scan, token_order
 from srlib.scan.inputs import Options, ScanInputs
 
 ORACLE = np.load(Path(__file__).parent / "oracles" / "selective_scan.npz")
@@ -168,13 +168,25 @@ def test_orders_of_six_tokens_in_two_slices():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"delta": torch.zeros(1, 4, 8)}, r"delta: expected shape \(1, 4, 9\).*got \(1, 4, 8\)"),
-        ({"A": torch.zeros(3, 2)}, r"A: expected shape \(D, N\) = \(4, N\).*got \(3, 2\)"),
-        ({"B": torch.zeros(1, 4, 9)}, r"B: expected shape \(1, 2, 9\).*got \(1, 4, 9\)"),
-        ({"z": torch.zeros(9)}, r"z: expected shape \(1, 4, 9\).*got \(9,\)"),
-        ({"delta_bias": torch.zeros(5)}, r"delta_bias: expected shape \(4,\).*got \(5,\)"),
-        ({"u": torch.zeros(1, 4, 0)}, r"u: expected shape \(B, D, L\), none of them 0"),
-        ({"u": torch.zeros(1, 4, 9, dtype=torch.long)}, "u: expected a real floating-point"),
+        (
+            {"delta": torch.zeros(1, 4, 8)},
+            r"delta: expected shape \(B, D, L\) = \(1, 4, 9\), .*got \(1, 4, 8\)",
+        ),
+        ({"A": torch.zeros(3, 2)}, r"A: expected shape \(D, N\) = \(4, 2\), .*got \(3, 2\)"),
+        (
+            {"B": torch.zeros(1, 4, 9)},
+            r"B: expected shape \(B, N, L\) = \(1, 2, 9\), .*got \(1, 4, 9\)",
+        ),
+        ({"z": torch.zeros(9)}, r"z: expected shape \(B, D, L\) = \(1, 4, 9\), .*got \(9,\)"),
+        ({"delta_bias": torch.zeros(5)}, r"delta_bias: expected shape \(D\) = \(4\), .*got \(5,\)"),
+        (
+            {"u": torch.zeros(1, 4, 0)},
+            r"u: expected shape \(B, D, L\) = \(1, 4, 0\), none of them 0",
+        ),
+        (
+            {"u": torch.zeros(1, 4, 9, dtype=torch.long)},
+            "u: expected a dense tensor of 16, 32 or 64 bit floats, got torch.int64",
+        ),
         ({"C": torch.zeros(1, 2, 9).double()}, "C: expected torch.float32 as u is, got"),
         ({"D": torch.zeros(4, device="meta")}, "D: expected on cpu as u is, got meta"),
         ({"order": "sideways"}, "order: expected one of forward, reverse, inter_slice"),
@@ -185,6 +197,44 @@ def test_orders_of_six_tokens_in_two_slices():
 def test_what_does_not_fit_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         selective_scan(**{**random_inputs(1, 4, 9, 2), **change})
+
+
+@pytest.mark.parametrize("backend", BY_HAND)
+def test_the_operators_themselves_take_nothing_that_does_not_fit(backend):
+    inputs = {name: t.detach() for name, t in random_inputs(1, 4, 9, 2).items()}
+    options = (True, "forward", 1, backend)
+    y, states = operator.scan(*inputs.values(), *options, True)
+    for name in inputs:
+        short = {**inputs, name: inputs[name][..., :-1]}
+        with pytest.raises(ValueError, match="expected shape"):
+            operator.scan(*short.values(), *options, True)
+        with pytest.raises(ValueError, match="expected"):
+            operator.scan_backward(y, states, *short.values(), *options)
+    for grad, kept, name in (
+        *((y[..., :-1], states, "grad"), (y.double(), states, "grad")),
+        *((y, states[:, :-1], "states"), (y, states.double(), "states"), (y, states[:0], "states")),
+        (y, torch.stack([states, states], -1)[..., 0], "states"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            operator.scan_backward(grad, kept, *inputs.values(), *options)
+
+
+@pytest.mark.parametrize("backend", BY_HAND)
+def test_what_is_beyond_float16_becomes_infinite_and_float32_parameters_keep_it(backend):
+    inputs = {
+        "u": torch.full((1, 2, 300), 30.0),
+        "delta": torch.full((1, 2, 300), -2.0),
+        "A": torch.full((2, 3), -0.05),
+        "B": torch.full((1, 3, 300), 30.0),
+        "C": torch.full((1, 3, 300), -3.0),
+    }
+    for dtype, finite in ((torch.float16, False), (torch.float32, True)):
+        half = {name: t.half().requires_grad_() for name, t in inputs.items()}
+        half["A"] = inputs["A"].to(dtype).requires_grad_()
+        dA = torch.autograd.grad(selective_scan(**half, backend=backend).sum(), half["A"])[0]
+        assert dA.dtype == dtype
+        assert dA.isfinite().all() == finite
+        assert (dA < -65504).all()
 
 
 def test_a_back_end_that_cannot_run_says_why(monkeypatch):

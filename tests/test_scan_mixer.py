@@ -69,6 +69,61 @@ def test_the_fused_mixer_is_the_composition(monkeypatch, order, stretch, shape):
         assert relative_error(found[name], value) < 1e-5, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # fused, and composed
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_does_not_fit_is_named(name, axis, dtype):
+    """Cut by one, each tensor contradicts another: which of the two is told, with both shapes."""
+    inputs = {k: t.detach().to(dtype) for k, t in random_mixer(2, 9, 5, 2, 3).items()}
+    if (name, axis) in (
+        ("x", 0),
+        ("conv_weight", -1),
+    ):  # any batch and any number of taps are right
+        axis, inputs[name] = 1, inputs[name].unsqueeze(-1)
+    inputs[name] = inputs[name].narrow(axis, 0, inputs[name].shape[axis] - 1)
+    with pytest.raises(ValueError, match=r"^[a-zA-Z_]+: expected shape \(.*\) = \(.*\), .*got \("):
+        mamba_mixer(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conv_bias": torch.zeros(5).double()}, "conv_bias: expected torch.float32 as x is, got"),
+        ({"x_proj": torch.zeros(8, 5, device="meta")}, "x_proj: expected on cpu as x is, got meta"),
+        (
+            {"D": torch.zeros(5).to_sparse()},
+            "D: expected a dense tensor .* got torch.float32, torch.sparse",
+        ),
+        (
+            {"x": torch.zeros(2, 0, 5)},
+            r"x: expected shape \(B, L, E\) = \(2, 0, 5\), none of them 0",
+        ),
+        ({"order": "sideways"}, "order: expected one of forward, reverse, inter_slice"),
+        ({"nslices": 0}, "nslices: expected at least 1"),
+    ],
+)
+def test_other_arguments_that_do_not_fit_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        mamba_mixer(**{**random_mixer(2, 9, 5, 2, 3), **change})
+
+
+def test_the_fused_operators_themselves_take_nothing_that_does_not_fit():
+    inputs = {name: t.detach() for name, t in random_mixer(2, 9, 5, 2, 3).items()}
+    options = ("reverse", 1)
+    y, states = mixer.fused_mixer(*inputs.values(), *options, True)
+    wide, many = {**inputs, "x": inputs["x"].double()}, {**inputs, "conv_weight": torch.ones(5, 5)}
+    short = {**inputs, "dt_bias": inputs["dt_bias"][:2]}
+    doubles = {name: t.double() for name, t in inputs.items()}
+    for bad in (wide, many, short, doubles):
+        with pytest.raises(ValueError, match="expected"):
+            mixer.fused_mixer(*bad.values(), *options, True)
+        with pytest.raises(ValueError, match="expected"):
+            mixer.fused_mixer_backward(y, states, *bad.values(), *options)
+    for grad, kept, name in ((y[:1], states, "grad"), (y, states[:, 1:], "states")):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            mixer.fused_mixer_backward(grad, kept, *inputs.values(), *options)
+
+
 def test_more_taps_than_the_kernels_have_take_the_composition():
     torch.manual_seed(0)
     inputs = random_mixer(taps=7)

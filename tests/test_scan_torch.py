@@ -6,15 +6,17 @@ import math
 import multiprocessing
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 from scan_inputs import random_inputs, relative_error
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from srlib.scan import backends, operator, selective_scan, threads
+from srlib.scan import backends, mamba_mixer, operator, selective_scan, threads
 
 BACKENDS = ["chunked", *(["cpu"] if backends()["cpu"].available else [])]
 NEEDS_NUMBA = pytest.mark.skipif(
@@ -45,6 +47,50 @@ def test_autocast_leaves_the_scan_in_float32(backend):
     expected = selective_scan(**inputs, backend="reference")
     assert y.dtype == torch.float32
     assert relative_error(y, expected) < 1e-6
+
+
+def functions_of_one_tensor():
+    """Scans and mixers as functions of each of their tensors: (function, tensor), by name."""
+    torch.manual_seed(0)
+    scan_inputs = {name: t.detach() for name, t in random_inputs(1, 4, 9, 2).items()}
+    shapes = [(1, 9, 4), (4, 3), (4,), (6, 4), (4, 2), (4,), (4, 2), (4,)]
+    weights = ["x", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D"]
+    mixer_inputs = {name: -torch.rand(shape) for name, shape in zip(weights, shapes, strict=True)}
+    doubles = {name: t.double() for name, t in mixer_inputs.items()}
+    calls = {
+        **{name: (partial(selective_scan, backend=name), scan_inputs) for name in BACKENDS},
+        "fused mixer": (mamba_mixer, mixer_inputs),
+        "composed mixer": (mamba_mixer, doubles),
+    }
+    for label, (call, inputs) in calls.items():
+        for name, tensor in inputs.items():
+            others = {key: t for key, t in inputs.items() if key != name}
+            yield pytest.param(
+                lambda t, call=call, name=name, others=others: call(**others, **{name: t}),
+                *(tensor,),
+                id=f"{label} {name}",
+            )
+
+
+@pytest.mark.parametrize(("function", "tensor"), list(functions_of_one_tensor()))
+def test_derivatives_without_a_formula_are_refused(function, tensor):
+    with pytest.raises(NotImplementedError, match="no forward mode"):
+        torch.func.jvp(function, (tensor,), (tensor,))
+    for wants_gradient in (False, True):
+        primal = tensor.clone().requires_grad_(wants_gradient)
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward mode"):
+            function(forward_ad.make_dual(primal, tensor))
+    tensor = tensor.clone().requires_grad_()
+    (once,) = torch.autograd.grad(function(tensor).square().sum(), tensor, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated once only"):
+        torch.autograd.grad(once.square().sum(), tensor)
+
+
+def test_the_reference_is_differentiated_twice_and_forwards():
+    inputs = tuple(t.detach().double().requires_grad_() for t in random_inputs(1, 2, 3, 2).values())
+    function = partial(selective_scan, backend="reference")
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, inputs)
 
 
 def test_compiles_as_one_graph():

@@ -1,17 +1,100 @@
-"""What a back end is given: the tensors of a scan, its options, and the checks on both."""
+"""What an operator is given, scan or mixer, and the checks on it: kernels see nothing that does not fit."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .orders import check_order
+from .reference import compute_dtype
 
 Gradients = dict[str, Tensor]
 HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32, torch.float64)
+
+# Axes by name; an axis has one size wherever it comes, which the first tensor that has it says.
+SCAN_AXES = {
+    "u": "B D L",
+    "delta": "B D L",
+    "A": "D N",
+    "B": "B N L",
+    "C": "B N L",
+    "D": "D",
+    "z": "B D L",
+    "delta_bias": "D",
+}
+MIXER_AXES = {
+    "x": "B L E",
+    "conv_weight": "E taps",
+    "conv_bias": "E",
+    "dt_proj": "E R",
+    "dt_bias": "E",
+    "A": "E N",
+    "D": "E",
+    "x_proj": "R+2N E",
+}
+
+
+def _check(axes: Mapping[str, str], tensors: Mapping[str, Tensor], wide: Sequence[str]) -> None:
+    """Raise a ValueError that names the first tensor that does not fit those before it.
+
+    All are on the first one's device and of its dtype; where that is one of 16 bits, `wide` ones may be float32.
+    """
+    first = next(name for name in axes if name in tensors)
+    like = tensors[first]
+    sizes: dict[str, int] = {}
+    for name in filter(tensors.__contains__, axes):
+        t, names = tensors[name], axes[name].split()
+        if "R+2N" in names:
+            sizes["R+2N"] = sizes["R"] + 2 * sizes["N"]
+        if t.ndim == len(names):
+            sizes = dict(zip(names, t.shape, strict=True)) | sizes
+        expected = [sizes.get(axis, axis) for axis in names]
+        if list(t.shape) != expected or 0 in expected:
+            known = ", ".join(map(str, expected))
+            raise ValueError(
+                f"{name}: expected shape ({', '.join(names)}) = ({known}), none of them 0, "
+                f"got {tuple(t.shape)}; {first} has {tuple(like.shape)}"
+            )
+        if t.layout != torch.strided or t.dtype not in DTYPES:
+            raise ValueError(
+                f"{name}: expected a dense tensor of 16, 32 or 64 bit floats, got {t.dtype}, {t.layout}"
+            )
+        if t.device != like.device:
+            raise ValueError(f"{name}: expected on {like.device} as {first} is, got {t.device}")
+        if t.dtype != like.dtype and not (
+            name in wide and like.dtype in HALF and t.dtype == torch.float32
+        ):
+            raise ValueError(f"{name}: expected {like.dtype} as {first} is, got {t.dtype}")
+
+
+def check_mixer(tensors: Sequence[Tensor], order: str, nslices: int) -> None:
+    """Raise a ValueError that names the first argument of `mamba_mixer` that does not fit the others.
+
+    Under autocast all weights may be wider than x, else those that the scan takes.
+    """
+    x, conv_weight, conv_bias, x_proj, *others = tensors
+    named = zip(MIXER_AXES, (x, conv_weight, conv_bias, *others, x_proj), strict=True)
+    cast = torch.is_autocast_enabled(x.device.type)
+    _check(MIXER_AXES, dict(named), wide=tuple(MIXER_AXES) if cast else ("dt_bias", "A", "D"))
+    check_order(order, nslices)
+
+
+def check_gradient(grad: Tensor, states: Tensor, y: Tensor, states_shape: Sequence[int]) -> None:
+    """Raise a ValueError unless `grad` is as the output y, and `states` what its forward pass keeps."""
+    expected = {
+        "grad": (grad, tuple(y.shape), y.dtype, y.device),
+        "states": (states, tuple(states_shape), compute_dtype(y.dtype), y.device),
+    }
+    for name, (t, *wanted) in expected.items():
+        if (found := [tuple(t.shape), t.dtype, t.device]) != wanted:
+            raise ValueError(f"{name}: expected {wanted}, got {found}")
+    if not states.is_contiguous():
+        raise ValueError(f"states: expected contiguous memory, got strides {states.stride()}")
 
 
 class ScanInputs(NamedTuple):
@@ -46,35 +129,7 @@ class ScanInputs(NamedTuple):
 
     def check(self) -> None:
         """Raise a ValueError that names the first argument that does not fit the others."""
-        u, A = self.u, self.A
-        if u.ndim != 3 or 0 in u.shape:
-            raise ValueError(f"u: expected shape (B, D, L), none of them 0, got {tuple(u.shape)}")
-        if A.ndim != 2 or A.shape[0] != u.shape[1] or A.shape[1] < 1:
-            raise ValueError(
-                f"A: expected shape (D, N) = ({u.shape[1]}, N) for u of shape {tuple(u.shape)}, "
-                f"got {tuple(A.shape)}"
-            )
-        if not u.dtype.is_floating_point:
-            raise ValueError(f"u: expected a real floating-point tensor, got {u.dtype}")
-        batch, channels, length = u.shape
-        states = (batch, A.shape[1], length)
-        per_channel = (channels,)
-        shapes = {"A": A.shape, "B": states, "C": states, "D": per_channel}
-        shapes["delta_bias"] = per_channel
-        for name, t in self.given().items():
-            expected = tuple(shapes.get(name, u.shape))
-            if tuple(t.shape) != expected:
-                raise ValueError(
-                    f"{name}: expected shape {expected} for u of shape {tuple(u.shape)} and A of "
-                    f"shape {tuple(A.shape)}, got {tuple(t.shape)}"
-                )
-            if t.device != u.device:
-                raise ValueError(f"{name}: expected on {u.device} as u is, got {t.device}")
-        parameters = self.parameters()
-        for name, t in self.given().items():
-            wide = name in parameters and u.dtype in HALF and t.dtype == torch.float32
-            if t.dtype != u.dtype and not wide:
-                raise ValueError(f"{name}: expected {u.dtype} as u is, got {t.dtype}")
+        _check(SCAN_AXES, self.given(), wide=tuple(self.parameters()))
 
 
 class Options(NamedTuple):

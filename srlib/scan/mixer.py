@@ -23,9 +23,15 @@ from torch.utils.flop_counter import register_flop_formula
 from srlib.recompute import recomputed
 
 from . import cpu
-from .choice import backends
-from .inputs import ScanInputs
-from .operator import define, scan_backward_flops, scan_flops, selective_scan
+from .choice import backends, choose
+from .inputs import ScanInputs, check_gradient, check_mixer
+from .operator import (
+    define,
+    register_gradient,
+    scan_backward_flops,
+    scan_flops,
+    selective_scan,
+)
 from .orders import token_order
 
 STRETCH = 2**19  # elements of an inner tensor, 2 MiB; about seven are in use
@@ -64,8 +70,12 @@ def mamba_mixer(
 
     Returns:
         y (B, L, E) in memory order.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit (the message names the argument), or an unknown order.
     """
     weights = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+    check_mixer((x, *weights), order, nslices)
     if _can_fuse(x, conv_weight):
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
         return fused_mixer(x, *weights, order, nslices, keep)[0]
@@ -91,9 +101,23 @@ def scan_arguments(u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor) -> tup
 
 
 def _can_fuse(x: Tensor, conv_weight: Tensor) -> bool:
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not backends()["cpu"].available:
-        return False
-    return conv_weight.shape[1] <= cpu.MOST_TAPS
+    return not _refuses_to_fuse(x, conv_weight) and backends()["cpu"].available
+
+
+def _refuses_to_fuse(x: Tensor, conv_weight: Tensor) -> str:
+    """Why the fused operator cannot take such tensors."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return f"x: expected torch.float32 on the CPU, got {x.dtype} on {x.device.type}"
+    if conv_weight.shape[1] > cpu.MOST_TAPS:
+        return f"conv_weight: expected at most {cpu.MOST_TAPS} taps, got {conv_weight.shape[1]}"
+    return ""
+
+
+def _check_fused(tensors: Sequence[Tensor], order: str, nslices: int) -> None:
+    check_mixer(tensors, order, nslices)
+    if reason := _refuses_to_fuse(*tensors[:2]):
+        raise ValueError(reason)
+    choose("cpu", tensors[0].device, tensors[0].dtype)
 
 
 def _sizes(dt_proj: Tensor, A: Tensor) -> list[int]:
@@ -188,6 +212,7 @@ def fused_mixer(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor]:
     """`mamba_mixer` on the CPU in float32, and the states that its backward pass starts from."""
+    _check_fused((x, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D), order, nslices)
     way = _Stretches(x, x_proj, dt_proj, order, nslices)
     states = x.new_empty(cpu.states_shape(way.x, A) if keep_states else (0,))
     y = torch.empty_like(x)
@@ -216,6 +241,8 @@ def fused_mixer_backward(
     nslices: int,
 ) -> list[Tensor]:
     """Gradients of the eight tensor arguments of `fused_mixer`, in their order."""
+    _check_fused((x, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D), order, nslices)
+    check_gradient(grad, states, x, cpu.states_shape(x.transpose(1, 2), A))
     way = _Stretches(x, x_proj, dt_proj, order, nslices)
     grad = grad.detach().transpose(1, 2)
     d_x_proj, d_dt_proj = torch.zeros_like(x_proj), torch.zeros_like(dt_proj)
@@ -263,7 +290,9 @@ def _backward_fake(grad, states, x, *rest):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, order, nslices, _ = inputs
+    *tensors, order, nslices, keep_states = inputs
+    if not keep_states:
+        raise RuntimeError("srlib::fused_mixer: a gradient needs keep_states=True")
     ctx.save_for_backward(output[1], *tensors)
     ctx.options = (order, nslices)
     ctx.mark_non_differentiable(output[1])
@@ -273,7 +302,7 @@ def _gradient(ctx, grad, _):  # type: ignore[no-untyped-def]
     return *fused_mixer_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
-torch.library.register_autograd("srlib::fused_mixer", _gradient, setup_context=_setup_context)
+register_gradient("fused_mixer", _gradient, _setup_context)
 
 
 def _weights(x, conv_weight, conv_bias, x_proj, dt_proj, *_) -> int:  # type: ignore[no-untyped-def]

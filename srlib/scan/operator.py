@@ -7,17 +7,19 @@ flops. Which back end does the work is looked up inside the operator, where noth
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .choice import choose
-from .inputs import Options, ScanInputs
+from .inputs import Options, ScanInputs, check_gradient
 from .reference import compute_dtype, reference
 
 
@@ -42,6 +44,41 @@ def define(name: str) -> Callable[[Callable], Any]:
     return operator
 
 
+class _Library(torch.library.Library):
+    """Where gradients are registered: with each goes the refusal of forward mode, which has no formula.
+
+    Unless an input wants a gradient torch calls no formula at all, and would lose the tangents without a word.
+    """
+
+    def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
+        def without_tangents(keyset: Any, *arguments: Any, **keywords: Any) -> Any:
+            tensors = [t for t in (*arguments, *keywords.values()) if isinstance(t, Tensor)]
+            if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+                raise NotImplementedError(
+                    f"srlib::{op_name} has no forward mode: differentiate it backwards, "
+                    "or the scan by backend='reference'"
+                )
+            return fn(keyset, *arguments, **keywords)
+
+        super().impl(op_name, without_tangents, dispatch_key, **options)
+
+
+_LIBRARY = _Library("srlib", "FRAGMENT")
+
+
+def register_gradient(name: str, gradient: Callable, setup_context: Callable | None = None) -> None:
+    """Make `gradient` the formula of the operator `srlib::<name>`, and forbid the formula's own gradient."""
+
+    def twice(ctx: Any, *_: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            f"srlib::{name} can be differentiated once only; the scan by backend='reference' more often"
+        )
+
+    register = functools.partial(torch.library.register_autograd, lib=_LIBRARY)
+    register(f"srlib::{name}", gradient, setup_context=setup_context)
+    register(f"srlib::{name}_backward", twice)
+
+
 @define("selective_scan")
 def scan(
     u: Tensor,
@@ -59,11 +96,16 @@ def scan(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output (B, D, L) and, with `keep_states`, the states the backward pass starts from."""
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
+    inputs, options = (
+        ScanInputs(u, delta, A, B, C, D, z, delta_bias),
+        Options(delta_softplus, order, nslices),
+    )
+    inputs.check()
+    options.check()
     worker = choose(backend, u.device, u.dtype)
     states = _room_for_states(worker, u, A, keep_states)
     with torch.autocast(u.device.type, enabled=False):  # decay and state stay in float32
-        return worker.forward(inputs, Options(delta_softplus, order, nslices), states), states
+        return worker.forward(inputs, options, states), states
 
 
 @torch.library.register_fake("srlib::selective_scan")
@@ -92,10 +134,16 @@ def scan_backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of those of the eight tensor arguments that are given, in their order."""
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
+    inputs, options = (
+        ScanInputs(u, delta, A, B, C, D, z, delta_bias),
+        Options(delta_softplus, order, nslices),
+    )
+    inputs.check()
+    options.check()
     worker = choose(backend, u.device, u.dtype)
+    check_gradient(grad, states, u, worker.states_shape(u, A))
     with torch.autocast(u.device.type, enabled=False):
-        gradients = worker.backward(inputs, Options(delta_softplus, order, nslices), states, grad)
+        gradients = worker.backward(inputs, options, states, grad)
     return [gradients[name] for name in inputs.given()]
 
 
@@ -123,7 +171,7 @@ def _gradient(ctx, grad, _states_grad):  # type: ignore[no-untyped-def]
     return (*per_tensor, *[None] * 5)
 
 
-torch.library.register_autograd("srlib::selective_scan", _gradient, setup_context=_setup_context)
+register_gradient("selective_scan", _gradient, _setup_context)
 
 
 def scan_flops(u: Sequence[int], A: Sequence[int], D: bool, z: bool = False) -> int:
@@ -174,7 +222,11 @@ def selective_scan(
     float32 and float64 are computed as they are, float16 and bfloat16 in float32. Tensors may be
     strided; transposed views of (B, L, D) memory are the fast layout on the CPU. Under autocast,
     sequences of different types are raised to the widest of them. Only `reference` can be
-    differentiated twice.
+    differentiated twice or in forward mode; the others raise NotImplementedError.
+
+    Gradients have their tensor's dtype. What is beyond float16 becomes infinite there, as in all of
+    torch, and as a gradient scaler expects; sums over many tokens (those of A, D and delta_bias) are
+    kept when these tensors are float32, which float16 sequences allow.
 
     Args:
         u: input (B, D, L), real floating point.

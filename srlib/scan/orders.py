@@ -36,6 +36,7 @@ def token_order(
     if order == "reverse":
         return tokens.flip(0)
     if order == "inter_slice":
+        nslices = min(nslices, length)  # with more, too, each token is a slice of its own
         slice_length = -(-length // nslices)
         grid = torch.arange(nslices * slice_length, device=device).view(nslices, slice_length)
         visited = grid.T.flatten()  # (S, I) -> (I * S,)
