@@ -50,7 +50,7 @@ base_python() {
       return
     fi
   done
-  echo "run_all.sh: needs Python 3.11 to 3.14, found none; see \"Troubleshooting\" in README.md" >&2
+  echo "run_all.sh: needs Python 3.11 to 3.14, found none; see docs/troubleshooting.md" >&2
   return 1
 }
 

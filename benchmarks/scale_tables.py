@@ -1,7 +1,6 @@
-"""The tables of the README's section on scale, from the tables that the repository holds. Nothing is measured.
+"""The tables of docs/gpu.md and docs/scale-out.md, from the tables that the repository holds. Nothing is measured.
 
     python benchmarks/scale_tables.py         # prints them
-    python benchmarks/scale_tables.py store   # puts them into README.md
 
 - `fits`: the largest cube that a training step with one image takes, by the GPU's memory, from
   `results/reference/memory/counted.csv`; a quarter of the memory is left for what is not counted;
@@ -11,8 +10,6 @@
 
 from __future__ import annotations
 
-import argparse
-import re
 from math import prod
 
 import pandas as pd
@@ -23,7 +20,6 @@ from srlib.runs import config_for
 
 MEMORY = (4, 8, 12, 24)  # GiB
 LEFT = 0.75  # of the memory: the rest is for the CUDA context, work spaces and fragmentation
-README = paths.ROOT / "README.md"
 
 
 def fits() -> pd.DataFrame:
@@ -69,7 +65,7 @@ def gpu_seconds() -> pd.Series:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table as the README has it: whole numbers, hours with one decimal."""
+    """A table as the pages have it: whole numbers, hours with one decimal."""
     lines = [[table.index.name, *table.columns], ["---"] * (1 + len(table.columns))]
     for index, row in table.iterrows():
         cells = [v if isinstance(v, str) else f"{v:,.1f}".removesuffix(".0") for v in row]
@@ -77,28 +73,9 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def readme() -> str:
-    """The README's text with the tables as they are now, each after its comment `<!-- table: NAME -->`."""
-    text = README.read_text()
-    for name, table in {"fits": fits(), "cost": cost()}.items():
-        place = re.compile(rf"(<!-- table: {name} -->\n)(?:\|.*\n)*")
-        text, found = place.subn(lambda m, t=table: m[1] + markdown(t) + "\n", text)
-        if found != 1:
-            raise ValueError(f"{README.name} has {found} places for the table {name!r}")
-    return text
-
-
 def main() -> None:
-    """Print or store."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("what", nargs="?", choices=("show", "store"), default="show")
-    if parser.parse_args().what == "store":
-        with paths.atomic_path(README) as temporary:
-            temporary.write_text(readme())
-    else:
-        print(markdown(fits()), markdown(cost()), sep="\n\n")
+    """Print both."""
+    print(markdown(fits()), markdown(cost()), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -140,14 +140,14 @@ def store_reference(profile: Profile = "default", dataset: DatasetOption = "mni1
 
 @app.command()
 def store_outputs(dataset: DatasetOption = "mni152", only: Only = None) -> None:
-    """For maintainers: copy the default profile's last outputs into notebooks, solutions and README's figures."""
+    """For maintainers: copy the default profile's last outputs into notebooks, solutions and README's figure."""
     from srlib.collection import NotebookError, plan, store_outputs
-    from srlib.site import store_figures
+    from srlib.site import store_figure
 
     try:
         chosen = checked(lambda: plan("default", dataset, only or ()))
         checked(lambda: store_outputs(chosen))
-        store_figures(chosen.results, paths.REFERENCE / "figures")
+        store_figure(chosen.results, paths.REFERENCE / "figures")
     except NotebookError as error:
         stop(str(error), status=1)
 

@@ -36,7 +36,7 @@ main .jp-Cell .jp-RenderedHTMLCommon a { text-decoration: underline; }
 </style>
 {% endblock %}
 """
-README_FIGURES = ("00-real-case", "04-equal-steps", "06-cue-accuracy", "05-parts")  # in this order
+README_FIGURE = "00-real-case.png"
 README_PIXELS = (1400, 1400)  # at most, across and down
 CLAIMS = "tables/07-claims.csv"  # the verdicts, which the notebook about the claims writes
 
@@ -56,17 +56,16 @@ def with_alt_text(notebook: Any) -> Any:
     return notebook
 
 
-def store_figures(results: Path, target: Path) -> list[str]:
-    """Copy those of the README's figures that a results folder has, made smaller; returns their names."""
-    found = [name for name in README_FIGURES if (results / "figures" / f"{name}.png").is_file()]
-    for name in found:
-        with (
-            Image.open(results / "figures" / f"{name}.png") as image,
-            atomic_path(target / f"{name}.png") as temporary,
-        ):
-            image.thumbnail(README_PIXELS)
-            image.convert("RGB").quantize(256).save(temporary, optimize=True)
-    return found
+def store_figure(results: Path, target: Path) -> None:
+    """Copy the README's figure, made smaller, from the figures of a results folder; nothing where it is not there."""
+    if not (results / "figures" / README_FIGURE).is_file():  # its notebook needs real data
+        return
+    with (
+        Image.open(results / "figures" / README_FIGURE) as image,
+        atomic_path(target / README_FIGURE) as temporary,
+    ):
+        image.thumbnail(README_PIXELS)
+        image.convert("RGB").quantize(256).save(temporary, format="PNG", optimize=True)
 
 
 def write_page(executed: Path) -> None:

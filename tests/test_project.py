@@ -14,9 +14,10 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from typer.main import get_command
 
 import srlib
-from srlib import collection
+from srlib import __main__, collection
 from srlib.paths import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -149,6 +150,39 @@ def test_the_readme_s_code_runs():
     exec(code, names)
     (shape,) = re.findall(r"# (\(.*\))", code)
     assert tuple(names["logits"].shape) == ast.literal_eval(shape)
+
+
+PAGES = ("README.md", "data/README.md", *(f"docs/{f.name}" for f in (ROOT / "docs").glob("*.md")))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_to_files(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not target.startswith("https://"):
+            assert ((ROOT / page).parent / target).is_file(), target
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_pages_name_every_command_option_and_variable():
+    app = get_command(__main__.app)
+    options = (ROOT / "docs" / "options.md").read_text()
+    maintainers = {"store-outputs", "store-reference", "collection"}
+    for command in set(app.commands) - maintainers:
+        assert re.search(rf"`{command}\b", options), command
+    for option in app.commands["collection"].params:
+        assert option.opts[0] in options, option.opts
+    code = "".join(file.read_text() for file in (ROOT / "srlib").rglob("*.py"))
+    assert set(re.findall(r"SRLIB_[A-Z]+", options)) == set(re.findall(r"SRLIB_[A-Z]+", code))
+
+
+def test_the_page_for_developers_names_every_module():
+    named = set(re.findall(r"`(\w+)/?`", (ROOT / "docs" / "development.md").read_text()))
+    modules = {path.stem for path in (ROOT / "srlib").iterdir() if path.suffix in {"", ".py"}}
+    assert modules - {"__init__", "__pycache__"} <= named
 
 
 def test_citation_and_package_have_one_version():

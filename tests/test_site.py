@@ -147,9 +147,11 @@ def test_duration(seconds, text):
     assert site.duration(seconds) == text
 
 
-def test_the_readme_s_figures_are_copied_smaller(tmp_path):
+def test_the_readme_s_figure_is_copied_smaller(tmp_path):
+    site.store_figure(tmp_path, tmp_path / "kept")  # not there, as without real data
+    assert not (tmp_path / "kept").exists()
     (tmp_path / "figures").mkdir()
-    Image.new("RGB", (3000, 1500), "white").save(tmp_path / "figures" / "05-parts.png")
-    assert site.store_figures(tmp_path, tmp_path / "kept") == ["05-parts"]
-    with Image.open(tmp_path / "kept" / "05-parts.png") as image:
+    Image.new("RGB", (3000, 1500), "white").save(tmp_path / "figures" / site.README_FIGURE)
+    site.store_figure(tmp_path, tmp_path / "kept")
+    with Image.open(tmp_path / "kept" / site.README_FIGURE) as image:
         assert image.size == (1400, 700)
