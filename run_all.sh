@@ -21,24 +21,58 @@
 # Results go to results/<profile>/<dataset>/, index.html there is the front page. It uses the active Python
 # environment when everything in pyproject.toml is installed there; otherwise it makes .venv from requirements.lock, once.
 set -euo pipefail
+unset CDPATH # with it "cd" may go elsewhere, and says where
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+# The checkout is where this file is, symbolic links to it resolved.
+file=${BASH_SOURCE[0]}
+while [ -L "$file" ]; do
+  folder=$(cd -P -- "$(dirname -- "$file")" && pwd)
+  file=$(readlink -- "$file")
+  [ "${file#/}" != "$file" ] || file=$folder/$file
+done
+root=$(cd -P -- "$(dirname -- "$file")" && pwd)
 lock=$root/requirements.lock
 venv=$root/.venv
+mark=$venv/made-by-run_all # in a .venv that is this script's; when that is complete, a copy of the lock
+
+fail() {
+  echo "run_all.sh: $*" >&2
+  exit 2
+}
+
+if [ ! -f "$root/srlib/__main__.py" ] || [ ! -f "$lock" ]; then
+  fail "$root is no checkout of srlib (copied? link to the checkout's run_all.sh instead)"
+fi
+case $root in *:*) fail "$root: Python's path cannot hold a folder with ':' in its name; rename it" ;; esac
+
+# Only what is installed and this checkout can be imported, not files beside somebody's data: in here, and in all
+# that is started from here. Of PYTHONPATH that leaves absolute entries; an empty one is the working directory.
+export PYTHONSAFEPATH=1
+path=""
+IFS=: read -r -a entries <<<"${PYTHONPATH:-}"
+for entry in ${entries[@]+"${entries[@]}"}; do
+  case $entry in /*) path=$path:$entry ;; esac
+done
+export PYTHONPATH=$root$path
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$root/run_all.sh"; }
 
-# Whether a Python has every dependency that pyproject.toml lists (their names; pip holds the versions).
+# Succeeds when a Python has every dependency that pyproject.toml lists, in its range.
 complete() {
   "$1" - "$root/pyproject.toml" >/dev/null 2>&1 <<'PYTHON'
 import sys
+
+assert sys.version_info >= (3, 11)  # older ones know no safe path, so that nothing else is imported before
+
 import tomllib
-from importlib.metadata import distribution
-from re import match
+from importlib.metadata import version
+
+from packaging.requirements import Requirement
 
 with open(sys.argv[1], "rb") as file:
-    for requirement in tomllib.load(file)["project"]["dependencies"]:
-        distribution(match("[A-Za-z0-9_.-]+", requirement)[0])
+    for line in tomllib.load(file)["project"]["dependencies"]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(version(requirement.name), prereleases=True)
 PYTHON
 }
 
@@ -50,25 +84,51 @@ base_python() {
       return
     fi
   done
-  echo "run_all.sh: needs Python 3.11 to 3.14, found none; see docs/troubleshooting.md" >&2
-  return 1
+  fail 'needs Python 3.11 to 3.14, found none; see docs/troubleshooting.md'
+}
+
+# Waits for its turn, at most an hour. The system takes the lock, on an open file, back when this process ends.
+take_turn() {
+  "$1" -c '
+import fcntl, sys, time
+for second in range(3600):
+    try:
+        sys.exit(fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB))
+    except BlockingIOError:
+        second or print("run_all.sh: another run_all.sh makes .venv; waiting for it", flush=True)
+        time.sleep(1)
+sys.exit(1)' || fail "another run_all.sh has been making $venv for an hour; end it, then try again"
 }
 
 make_venv() {
   local base
   base=$(base_python)
+  exec 9>>"$lock" # nothing is written to it
+  take_turn "$base"
+  if ! cmp -s "$lock" "$mark"; then
+    fill_venv "$base"
+  fi
+  exec 9>&-
+}
+
+fill_venv() {
+  if [ ! -e "$mark" ] && { [ -e "$venv" ] || [ -L "$venv" ]; }; then
+    fail "$venv was not made by this script: move it away, or activate it with everything in pyproject.toml installed"
+  fi
   echo "run_all.sh: the active environment lacks packages; making .venv from requirements.lock"
   echo "run_all.sh: (several minutes, once; a GPU build of torch is a download of some gigabytes)"
   SECONDS=0
-  rm -rf "$venv"
-  if ! "$base" -m venv "$venv"; then
-    echo "run_all.sh: \"$base -m venv\" failed; on Debian and Ubuntu install python3-venv" >&2
-    return 1
+  mkdir -p "$venv"
+  : >"$mark"
+  find "$venv/" -mindepth 1 -maxdepth 1 ! -name "${mark##*/}" -exec rm -rf {} +
+  if ! "$1" -m venv "$venv"; then
+    fail "\"$1 -m venv\" failed; on Debian and Ubuntu install python3-venv"
   fi
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$lock"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+  # Isolated: what PYTHONPATH leads to is not in .venv.
+  "$venv/bin/python" -I -m pip install --quiet --disable-pip-version-check -r "$lock"
+  "$venv/bin/python" -I -m pip install --quiet --disable-pip-version-check --no-deps \
     -r "$root/requirements-nodeps.lock" -e "$root"
-  cp "$lock" "$venv/requirements.lock" # last: says that .venv is complete, and of which lock
+  cp "$lock" "$mark"
   echo "run_all.sh: .venv is ready after ${SECONDS} s"
 }
 
@@ -85,9 +145,8 @@ for name in python python3; do
   if [ -z "$python" ] && complete "$name"; then python=$name; fi
 done
 if [ -z "$python" ]; then
-  cmp -s "$lock" "$venv/requirements.lock" || make_venv
+  cmp -s "$lock" "$mark" || make_venv
   python=$venv/bin/python
 fi
 
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # this checkout, whichever else is installed
 exec "$python" -m srlib "$@"

@@ -144,7 +144,7 @@ def parameters_for(plan: Plan, notebook: Path) -> dict[str, Any]:
     """
     import papermill
 
-    declared = papermill.inspect_notebook(str(notebook))
+    declared = papermill.inspect_notebook(_literal(notebook))
     unknown = sorted(set(declared) - set(PARAMETERS))
     if unknown or not declared:
         raise ValueError(
@@ -252,8 +252,8 @@ def execute(plan: Plan, notebook: Path) -> float:
     with kernel_environment(plan.profile), log.open("w", encoding="utf-8") as stream:
         try:
             papermill.execute_notebook(
-                notebook,
-                working,
+                _literal(notebook),
+                _literal(working),
                 parameters=parameters_for(plan, notebook),
                 kernel_name="python3",
                 language="python",
@@ -351,6 +351,11 @@ def _sources(notebook: Path) -> list[Path]:
     if notebook.parent.name != "solutions":
         return [notebook]
     return [notebook.parent.parent / notebook.name.replace("_solutions", ""), notebook]
+
+
+def _literal(path: Path) -> str:
+    """Write a path so that papermill, for which braces hold a parameter's name, reads them as they are."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _own_cells(executed: NotebookNode) -> list[NotebookNode]:

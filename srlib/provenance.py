@@ -50,18 +50,21 @@ def cpu_name() -> str:
 def commit() -> tuple[str, bool]:
     """The checkout's commit and whether tracked files, results apart, differ from it.
 
-    `$SRLIB_COMMIT` speaks for copies of a checkout on other machines; without it and git it is `unknown`.
+    A copy without `.git` names the commit that it was given in `$SRLIB_COMMIT`; where nothing tells, it is `unknown`.
     """
-    if stated := os.environ.get("SRLIB_COMMIT"):
-        return stated, False
+    if not (ROOT / ".git").exists():
+        return os.environ.get("SRLIB_COMMIT") or "unknown", False
+    # Neither a repository around this folder nor one that the environment names, as within a git hook.
+    here = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "-C", ROOT]
     try:
         head, changes = (
             subprocess.run(
-                ["git", "-C", ROOT, *command], capture_output=True, text=True, check=True
+                [*git, *command], env=here, capture_output=True, text=True, check=True, timeout=600
             ).stdout.strip()
             for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno", ":!results"))
         )
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return "unknown", False
     return head, bool(changes)
 

@@ -94,65 +94,135 @@ def test_run_all_refuses_a_wrong_name_from_any_directory(tmp_path):
 def bare_machine(tmp_path):
     """A checkout, and a Python that lacks everything: it notes what it is asked to do in `calls`."""
     root = tmp_path / "a checkout"
-    root.mkdir()
-    for name in ("run_all.sh", "requirements.lock", "pyproject.toml"):
-        shutil.copy(paths.ROOT / name, root)
-    calls = tmp_path / "calls"
-    calls.touch()
+    (root / "srlib").mkdir(parents=True)
+    for name in ("run_all.sh", "requirements.lock", "pyproject.toml", "srlib/__main__.py"):
+        shutil.copy(paths.ROOT / name, root / name)
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python3"
     python.write_text(
         "#!/bin/sh\n"
         'case "$1 $2" in\n'
         '"- "*) exit 1 ;;\n'  # is everything installed? no
-        '"-c "*) exit 0 ;;\n'  # is the version right? yes
-        '"-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;\n'
-        f"*) echo \"$@\" >>'{calls}' ;;\n"
+        f'"-c "*) exec \'{sys.executable}\' "$@" ;;\n'
+        '"-m venv") sleep 1; mkdir "$3/bin" && cp "$0" "$3/bin/python" ;;\n'
+        f"*) echo \"$@\" >>'{tmp_path}/calls' ;;\n"
         "esac\n"
     )
     python.chmod(0o755)
     shutil.copy(python, python.with_name("python"))
+    return root
 
-    def run(*arguments):
-        calls.write_text("")
-        result = subprocess.run(
-            [str(root / "run_all.sh"), *arguments],
-            env={"PATH": f"{python.parent}:/usr/bin:/bin"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return calls.read_text().splitlines(), result.stdout
 
-    return root, run
+def start_bare(script: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    """Start run_all.sh, or a link to it, from another folder, where there is that Python and no other."""
+    bin_ = next(parent / "bin" for parent in script.parents if (parent / "bin").is_dir())
+    return subprocess.Popen(
+        [script, *arguments],
+        env=environment | {"PATH": f"{bin_}:/usr/bin:/bin"},
+        cwd=bin_.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_bare(script: Path, *arguments: str, **environment: str) -> tuple[list[str], str, str]:
+    """What that Python was asked to do, and what run_all.sh said."""
+    calls = script.parents[1] / "calls"
+    calls.write_text("")
+    output, errors = start_bare(script, *arguments, **environment).communicate(timeout=60)
+    return calls.read_text().splitlines(), output, errors
+
+
+INSTALL = "-I -m pip install --quiet --disable-pip-version-check"
 
 
 def test_run_all_makes_the_environment_from_the_lock_once(bare_machine):
-    root, run = bare_machine
-    calls, output = run("--profile", "smoke")
-    install = "-m pip install --quiet --disable-pip-version-check"
+    script = bare_machine / "run_all.sh"
+    calls, output, _ = run_bare(script, "--profile", "smoke")
     assert calls == [
-        f"{install} -r {root}/requirements.lock",
-        f"{install} --no-deps -r {root}/requirements-nodeps.lock -e {root}",
+        f"{INSTALL} -r {bare_machine}/requirements.lock",
+        f"{INSTALL} --no-deps -r {bare_machine}/requirements-nodeps.lock -e {bare_machine}",
         "-m srlib collection --profile smoke",
     ]
     assert "making .venv" in output
     assert ".venv is ready after" in output
 
-    assert run("test") == (["-m srlib test"], "")
+    assert run_bare(script, "test") == (["-m srlib test"], "", "")
 
-    with (root / "requirements.lock").open("a") as lock:
+    with (bare_machine / "requirements.lock").open("a") as lock:
         lock.write("# changed\n")
-    calls, output = run()
-    assert calls[0].startswith(install)
+    (bare_machine / ".venv" / "old").touch()
+    calls, *_ = run_bare(script)
+    assert calls[0].startswith(INSTALL)
     assert calls[-1] == "-m srlib collection"
+    assert not (bare_machine / ".venv" / "old").exists()
 
 
 def test_run_all_makes_an_environment_again_that_was_not_finished(bare_machine):
-    root, run = bare_machine
-    (root / ".venv" / "bin").mkdir(parents=True)
-    assert len(run()[0]) == 3
+    (bare_machine / ".venv" / "bin").mkdir(parents=True)
+    (bare_machine / ".venv" / "made-by-run_all").touch()
+    assert len(run_bare(bare_machine / "run_all.sh")[0]) == 3
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_run_all_keeps_an_environment_that_it_did_not_make(bare_machine, link):
+    venv = bare_machine / ".venv"
+    mine = bare_machine.parent / "mine" if link else venv
+    mine.mkdir()
+    (mine / "work").touch()
+    if link:
+        venv.symlink_to(mine)
+    calls, _, errors = run_bare(bare_machine / "run_all.sh")
+    assert calls == []
+    assert f"{venv} was not made by this script" in errors
+    assert (mine / "work").exists()
+
+
+def test_run_all_finds_its_checkout_through_links_and_whatever_cdpath_holds(bare_machine):
+    mine = bare_machine.parent / "mine"
+    (mine / ".venv").mkdir(parents=True)
+    (mine / "first").symlink_to(Path("..", bare_machine.name, "run_all.sh"))
+    (mine / "second").symlink_to("first")
+    (mine / bare_machine.name).mkdir()  # where a "cd" with this CDPATH would go
+    calls, *_ = run_bare(mine / "second", "info", CDPATH=str(mine))
+    assert calls[0] == f"{INSTALL} -r {bare_machine}/requirements.lock"
+    assert [file.name for file in (mine / ".venv").iterdir()] == []
+
+
+def test_run_all_refuses_to_run_where_it_is_copied_to(bare_machine):
+    copy = shutil.copy(bare_machine / "run_all.sh", bare_machine.parent)
+    done = subprocess.run([copy, "info"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{bare_machine.parent} is no checkout of srlib" in done.stderr
+
+
+def test_run_all_refuses_a_checkout_that_no_path_of_python_can_hold(bare_machine):
+    done = subprocess.run(
+        [bare_machine.rename(bare_machine.with_name("a:b")) / "run_all.sh", "info"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "a:b: Python's path cannot hold a folder with ':'" in done.stderr
+
+
+def test_two_run_alls_make_one_environment(bare_machine):
+    started = [start_bare(bare_machine / "run_all.sh", "info") for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in started]
+    calls = (bare_machine.parent / "calls").read_text().splitlines()
+    assert sorted(call[:7] for call in calls) == ["-I -m p", "-I -m p", "-m srli", "-m srli"]
+    assert sum("waiting for it" in output for output in outputs) == 1
+
+
+def test_files_in_the_working_directory_are_not_imported(tmp_path):
+    """Not by run_all.sh's own Python, not by srlib, and not by what these start."""
+    for name in ("json", "nibabel", "packaging", "tomllib", "torch", "typer", "srlib"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w').close(); raise SystemExit(7)")
+    for path in ("", ":", ".", str(tmp_path / "other")):
+        done = run_all("data", "list", cwd=tmp_path, env=os.environ | {"PYTHONPATH": path})
+        assert done.returncode == 0, done.stderr
+        assert not (tmp_path / "ran").exists(), path
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "info", "data"])

@@ -40,6 +40,14 @@ def write_notebook(folder: Path, name: str, *cells: str, parameters: str = PARAM
 
 
 @pytest.fixture
+def tmp_path(tmp_path):
+    """A folder whose name holds what people put into names, and what means a parameter to papermill."""
+    folder = tmp_path / "a {} {b}"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
 def notebooks(tmp_path, monkeypatch):
     """An empty folder for notebooks; results go beside it; the sources are some file."""
     monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path / "results"))
