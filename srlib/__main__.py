@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
+
+if __name__ == "__main__":
+    # `python -m` looks for modules in the working directory first: those beside somebody's scans are not to be run.
+    # `-P` would have kept it away; what is started from here is told by these variables.
+    root, here = str(Path(__file__).resolve().parent.parent), str(Path.cwd())
+    sys.path[:] = [root, *(entry for entry in sys.path if entry not in ("", here, root))]
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    named = [root, *(entry for entry in named if Path(entry).is_absolute() and entry != root)]
+    os.environ |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(named)}
+
+import dataclasses
+import json
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -52,6 +62,9 @@ def collection(
     list_: Annotated[bool, typer.Option("--list", help="List the notebooks and stop.")] = False,
 ) -> None:
     """Execute the notebooks in order; write figures, tables, pages and a manifest."""
+    from srlib import datasets, profiles
+
+    checked(lambda: (profiles.get(profile), datasets.get(dataset)))  # before seconds of imports
     from srlib.collection import NotebookError, is_current, plan, run
     from srlib.data import DataError
 
@@ -234,9 +247,9 @@ def info(
 @data_app.command("list")
 def data_list() -> None:
     """The data sets, what they are, and where they are on this machine."""
-    from srlib import data
+    from srlib.registry import REGISTRY
 
-    for name, entry in data.REGISTRY.items():
+    for name, entry in REGISTRY.items():
         typer.echo(f"{name}: {entry.title}\n  {entry.task}\n  licence: {entry.licence}")
         typer.echo(f"  here: {_place(name)}")
 
@@ -280,13 +293,13 @@ def data_plan(
 
 def _place(name: str) -> str:
     """Where a data set is, in words."""
-    from srlib import data
+    from srlib import datasets
 
-    entry = data.get(name)
+    entry = datasets.get(name)
     if entry.virtual:
         return "built here when it is needed"
     try:
-        return str(data.find(name))
+        return str(datasets.find(name))
     except FileNotFoundError:
         return f"not found; {entry.how_to_get}"
 

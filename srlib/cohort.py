@@ -24,8 +24,6 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter, map_coordinates
-from scipy.spatial.transform import Rotation
 
 from srlib.paths import atomic_folder
 
@@ -85,6 +83,7 @@ def fingerprint(recipe: Recipe) -> str:
 def load_template(spacing: float) -> Template:
     """The template of nilearn's package, blurred by one voxel of `spacing` mm against aliasing."""
     from nilearn import datasets  # here: it takes seconds, and a cohort that is built needs none
+    from scipy.ndimage import gaussian_filter
 
     parts = (
         datasets.load_mni152_template(resolution=1),
@@ -105,12 +104,16 @@ def grid_affine(recipe: Recipe) -> NDArray[np.float64]:
 
 def smooth_field(rng: np.random.Generator, width: float, recipe: Recipe) -> NDArray[np.float64]:
     """A random field (X, Y, Z) of unit standard deviation: white noise blurred by `width` mm."""
+    from scipy.ndimage import gaussian_filter
+
     field = gaussian_filter(rng.standard_normal(recipe.shape), width / recipe.spacing)
     return (field - field.mean()) / field.std()
 
 
 def deformation(rng: np.random.Generator, recipe: Recipe) -> NDArray[np.float64]:
     """Where in the template each voxel of the subject comes from: MNI mm, (3, X, Y, Z)."""
+    from scipy.spatial.transform import Rotation
+
     angles = rng.uniform(-recipe.rotation, recipe.rotation, 3)
     scales = 1 + rng.uniform(-recipe.scaling, recipe.scaling, 3)
     linear = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() * scales
@@ -133,6 +136,8 @@ def make_subject(number: int, recipe: Recipe) -> tuple[NDArray[np.int16], NDArra
     random exponent and tissue contrast, times the bias field, with Rician noise (that of magnitude
     images), in a scanner's arbitrary integer units.
     """
+    from scipy.ndimage import map_coordinates
+
     rng = np.random.default_rng([recipe.seed, number])
     template = load_template(recipe.spacing)
     origin = template.affine[

@@ -24,14 +24,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from srlib.cohort import write_task
 from srlib.paths import atomic_folder
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CLASSES = ("A", "B")
 DISTANCES = (4, 8, 16, 32, 48, 64)

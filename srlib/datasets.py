@@ -16,9 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from monai.apps import DecathlonDataset, download_url, extractall
-from monai.apps.utils import safe_extract_member
-
 from srlib import cohort, cue, plans
 from srlib.images import DataError
 from srlib.layouts import LAYOUTS, Case
@@ -145,6 +142,8 @@ def download(name: str) -> Path:
     Raises:
         DataError: naming the address and what went wrong; nothing is left behind.
     """
+    from monai.apps import DecathlonDataset, download_url, extractall
+
     try:
         return find(name)
     except FileNotFoundError:
@@ -170,6 +169,8 @@ def download(name: str) -> Path:
 
 def _refuse_unsafe_members(archive: Path, folder: str) -> None:
     """`ValueError` when an archive holds a link, a device or a path that leaves `folder`."""
+    from monai.apps.utils import safe_extract_member
+
     with tarfile.open(archive) as tar:
         for member in tar:
             safe_extract_member(member, folder)

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import nibabel as nib
 import numpy as np
-import torch
-from monai.utils import optional_import
 from nibabel import orientations
 from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
-from torch import Tensor
 
-sitk, _ = optional_import(
-    "SimpleITK"
-)  # NIfTI on its working grid, as trainings have it, needs none
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# torch and SimpleITK are imported where they are needed: a list of data sets needs neither, nor a training on NIfTI
+# on its working grid the second.
 
 T = TypeVar("T")
 NIFTI = (".nii.gz", ".nii")
@@ -164,6 +163,8 @@ def _load(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray
         known = ", ".join(ENDINGS)
         raise DataError(f"{path}: expected one of {known}, or a folder with a DICOM series")
     if not path.name.lower().endswith(NIFTI):
+        import SimpleITK as sitk
+
         return _from_itk(sitk.ReadImage(str(path)))
     image = nib.Nifti1Image.from_filename(path)
     if image.get_data_dtype().kind not in "biuf":
@@ -179,6 +180,8 @@ def _from_itk(
     image: Any,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
     """As `_load`, of an image in ITK's coordinates."""
+    import SimpleITK as sitk
+
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise ValueError(f"expected one number a voxel, got {image.GetPixelIDTypeAsString()}")
     array = sitk.GetArrayFromImage(sitk.Cast(image, sitk.sitkFloat32)).T  # (Z, Y, X) -> (X, Y, Z)
@@ -192,6 +195,8 @@ def _from_itk(
 
 def _dicom_series(folder: Path) -> Any:
     """The one series of a folder, its slices in the order of their places."""
+    import SimpleITK as sitk
+
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
         raise DataError(f"{folder}: expected the files of one DICOM series, got {len(series)}")
@@ -207,6 +212,8 @@ def _dicom_series(folder: Path) -> Any:
 
 def _slice_place(file: str) -> tuple[float, ...]:
     """Where the first voxel of a slice is, mm."""
+    import SimpleITK as sitk
+
     reader = sitk.ImageFileReader()
     reader.SetFileName(file)
     reader.ReadImageInformation()
@@ -229,6 +236,8 @@ def prepare(
     Returns:
         Image float32 (C, X, Y, Z), and the affine (4, 4) of its grid.
     """
+    import torch
+
     scans = [regrid(scan, spacing) for scan in channels]
     arrays = [normalise(s.array, how) for s, how in zip(scans, normalisation, strict=True)]
     return torch.from_numpy(np.stack(arrays)).contiguous(), scans[0].affine
@@ -247,6 +256,8 @@ def regrid(scan: Scan, spacing: Sequence[float], labels: bool = False) -> Scan:
     old, new = voxel_sizes(affine), np.asarray(spacing, np.float64)
     if np.allclose(old, new, rtol=SAME_GRID):
         return Scan(array, affine)
+    import SimpleITK as sitk
+
     shape = np.round((np.array(array.shape) - 1) * old / new).astype(int) + 1
     beyond = [(0, int(np.ceil(step))) for step in new / old / 2]
     image = sitk.GetImageFromArray(

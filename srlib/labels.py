@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from monai.losses import DiceCELoss, DiceLoss
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -114,6 +113,8 @@ def loss_function(entry: Dataset) -> Callable[[Tensor, Tensor], Tensor]:
 
     Of softmax, the background left out of Dice; of regions, each class by its own sigmoid.
     """
+    from monai.losses import DiceCELoss, DiceLoss
+
     if not entry.regions:
         return DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
     dice = DiceLoss(sigmoid=True)

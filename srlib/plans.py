@@ -28,7 +28,6 @@ from nibabel.orientations import io_orientation
 from numpy.typing import NDArray
 
 from srlib.images import DataError, Window, read_case
-from srlib.labels import values_in
 from srlib.layouts import Case, Contents, standard
 from srlib.paths import atomic_path, cache_dir, slug, source_hash
 from srlib.registry import Dataset, tuples
@@ -121,6 +120,8 @@ def make(folder: Path, memory: float = MEMORY, network: str = NETWORK) -> Plan:
 
 def _measure(case: Case, channels: int, known: dict[int, str] | None) -> Measured:
     scans, label = read_case(case.images, case.label, channels)
+    from srlib.labels import values_in  # imports torch, which a list of data sets does not need
+
     values = values_in(case.label, label, known)
     axes = io_orientation(label.affine)[:, 0].astype(int)  # of each axis of the file
     shape, spacing = np.empty(3, np.int64), np.empty(3)

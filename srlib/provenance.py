@@ -56,7 +56,7 @@ def commit() -> tuple[str, bool]:
         return os.environ.get("SRLIB_COMMIT") or "unknown", False
     # Neither a repository around this folder nor one that the environment names, as within a git hook.
     here = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "-C", ROOT]
+    git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "-C", str(ROOT)]
     try:
         head, changes = (
             subprocess.run(

@@ -19,12 +19,10 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -43,6 +41,9 @@ from srlib.runs import (
     run_dir,
     run_id,
 )
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 HISTORY = ("step", "loss", "learning_rate", "seconds")
 
@@ -144,6 +145,9 @@ def restore(trained: Trained) -> nn.Module:
 
 def launch(config: RunConfig) -> Fabric:
     """The run's device or, under torchrun, those of its processes."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy
+
     used = device()
     where: dict[str, Any] = {"devices": 1 if used.index is None else [used.index]}
     if processes() > 1:

@@ -216,13 +216,46 @@ def test_two_run_alls_make_one_environment(bare_machine):
 
 
 def test_files_in_the_working_directory_are_not_imported(tmp_path):
-    """Not by run_all.sh's own Python, not by srlib, and not by what these start."""
+    """Not by run_all.sh's own Python, and not by srlib; `ran` lies there when one was."""
     for name in ("json", "nibabel", "packaging", "tomllib", "torch", "typer", "srlib"):
         (tmp_path / f"{name}.py").write_text("open('ran', 'w').close(); raise SystemExit(7)")
-    for path in ("", ":", ".", str(tmp_path / "other")):
-        done = run_all("data", "list", cwd=tmp_path, env=os.environ | {"PYTHONPATH": path})
+    for path in ("", ":", "."):
+        environment = os.environ | {"PYTHONPATH": path}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = run_all("data", "list", cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
         assert not (tmp_path / "ran").exists(), path
+
+
+def test_neither_are_they_without_run_all_nor_by_what_is_started(tmp_path):
+    """Of `python -m srlib` Python itself looks for srlib there; all else is found elsewhere."""
+    for name in ("json", "nibabel", "typer", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(7)")
+    environment = os.environ | {"PYTHONPATH": f":{paths.ROOT}"}
+    command = [sys.executable, "-m", "srlib", "test", "--version"]  # starts pytest
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("pytest "), done.stderr
+
+
+def test_help_needs_neither_torch_nor_monai():
+    heavy = {
+        "torch",
+        "monai",
+        "pandas",
+        "scipy.ndimage",
+        "numba",
+        "matplotlib",
+        "nbformat",
+        "SimpleITK",
+    }
+    code = (
+        "import sys; from typer.testing import CliRunner; from srlib import __main__\n"
+        "for words in (['-h'], ['data', 'list'], ['train', '-h'], ['collection', '--profile', 'x']):\n"
+        "    CliRunner().invoke(__main__.app, words)\n"
+        f"    assert not {heavy} & sys.modules.keys(), words"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "info", "data"])

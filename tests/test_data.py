@@ -574,7 +574,7 @@ def test_download_verifies_and_unpacks(places, source, monkeypatch):
     assert list(folder.parent.iterdir()) == [folder]  # no archive, no temporary folder
     data.check("hippocampus")
     assert data.case_ids("hippocampus") == ["case_0", "case_1"]
-    monkeypatch.setattr(datasets, "download_url", None)  # a second download would now fail
+    monkeypatch.setattr("monai.apps.download_url", None)  # a second download would now fail
     assert data.download("hippocampus") == folder
 
 

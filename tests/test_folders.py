@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.apps import DecathlonDataset
 from scan_files import (
     AFFINE,
     SHAPE,
@@ -259,11 +260,11 @@ def test_spleen_is_downloaded_checked_and_unpacked(places, monkeypatch):
     with tarfile.open(archive, "w") as tar:
         tar.add(folder, folder.name)
     md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
-    monkeypatch.setitem(datasets.DecathlonDataset.resource, "Task09_Spleen", archive.as_uri())
-    monkeypatch.setitem(datasets.DecathlonDataset.md5, "Task09_Spleen", "0" * 32)
+    monkeypatch.setitem(DecathlonDataset.resource, "Task09_Spleen", archive.as_uri())
+    monkeypatch.setitem(DecathlonDataset.md5, "Task09_Spleen", "0" * 32)
     with pytest.raises(DataError, match="hash check"):
         data.download("spleen")
-    monkeypatch.setitem(datasets.DecathlonDataset.md5, "Task09_Spleen", md5)
+    monkeypatch.setitem(DecathlonDataset.md5, "Task09_Spleen", md5)
     assert data.download("spleen") == places / "data" / "Task09_Spleen"
     data.check("spleen")
     assert len(data.case_ids("spleen")) == 5
