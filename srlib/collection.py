@@ -35,8 +35,8 @@ from nbformat import NotebookNode
 from srlib import data, paths, profiles, provenance, reference, runs, site
 
 PARAMETERS = ("PROFILE", "DATASET", "SEED", "INTERACTIVE")
-# Seconds that one cell may take before the run is given up as hanging; the full profile has no limit.
-CELL_TIMEOUT = {"smoke": 20 * 60, "default": 3 * 3600}
+# Seconds that one cell may take before the run is given up as hanging.
+CELL_TIMEOUT = {"smoke": 20 * 60, "default": 3 * 3600, "full": int(paths.LONGEST_WAIT)}
 # Tags of the cells that papermill adds to a notebook.
 ADDED_CELLS = {"injected-parameters", "papermill-error-cell-tag"}
 ABSOLUTE_PATH = re.compile(r"(?<![\w.~/])/(?:root|home|Users|work|tmp|private|opt|usr)/[\w.]")
@@ -258,7 +258,7 @@ def execute(plan: Plan, notebook: Path) -> float:
                 kernel_name="python3",
                 language="python",
                 cwd=notebook.parent,
-                execution_timeout=CELL_TIMEOUT.get(plan.profile),
+                execution_timeout=CELL_TIMEOUT[plan.profile],
                 progress_bar={"desc": f"  {notebook.stem}", "leave": False, "disable": None},
                 stdout_file=stream,
                 stderr_file=stream,

@@ -9,6 +9,7 @@ would say of that is found out from its files (`srlib.plans`). A virtual one is 
 from __future__ import annotations
 
 import hashlib
+import socket
 import tarfile
 import tempfile
 from contextlib import suppress
@@ -23,6 +24,7 @@ from srlib.paths import cache_dir, data_roots, source_hash
 from srlib.registry import REGISTRY, Dataset
 
 FOLDS = 5
+STALLED = 120.0  # seconds without a byte, after which a download is given up
 FOLD_SEED = "srlib-folds-1"
 
 
@@ -155,15 +157,19 @@ def download(name: str) -> Path:
         raise DataError(f"{target} exists but holds no dataset.json: move it away first")
     target.parent.mkdir(parents=True, exist_ok=True)
     url = DecathlonDataset.resource[folder]
+    before = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as partial:
         archive = Path(partial, f"{folder}.tar")
         try:
+            socket.setdefaulttimeout(STALLED)
             download_url(url, archive, hash_val=DecathlonDataset.md5[folder], hash_type="md5")
             _refuse_unsafe_members(archive, partial)
             extractall(archive, partial)
             Path(partial, folder).rename(target)
         except (OSError, ValueError, RuntimeError, tarfile.TarError) as error:
             raise DataError(f"{url}: {type(error).__name__}: {error}") from error
+        finally:
+            socket.setdefaulttimeout(before)
     return find(name)
 
 

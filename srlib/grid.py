@@ -29,13 +29,14 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
+    FIRST_COMPLETED,
     Executor,
     Future,
     ProcessPoolExecutor,
     ThreadPoolExecutor,
-    as_completed,
+    wait,
 )
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -387,7 +388,7 @@ def compute(names: Sequence[str], executor: Executor) -> None:
     failed: dict[str, BaseException] = {}
     bar = tqdm(desc=f"grid {' '.join(names)}", total=len(futures))
     try:
-        for future in as_completed(futures):
+        for future in _as_they_end(futures):
             bar.update()
             config = futures[future]
             if error := future.exception():
@@ -404,6 +405,22 @@ def compute(names: Sequence[str], executor: Executor) -> None:
         first = next(iter(failed.values()))
         said = f"{type(first).__name__}: {first}"
         raise RunsFailed(f"failed: {', '.join(failed)}; the first one said: {said}") from first
+
+
+def _as_they_end(futures: Iterable[Future]) -> Iterator[Future]:
+    """Yield futures as they end.
+
+    Raises:
+        TimeoutError: none did for `paths.LONGEST_WAIT` seconds: a queue without workers, or one that hangs.
+    """
+    pending = set(futures)
+    while pending:
+        ended, pending = wait(pending, paths.LONGEST_WAIT, FIRST_COMPLETED)
+        if not ended:
+            raise TimeoutError(
+                f"no run ended for {paths.LONGEST_WAIT / 3600:g} h; are there workers?"
+            )
+        yield from ended
 
 
 def compute_run(config: RunConfig) -> tuple[str, dict[str, Any]]:

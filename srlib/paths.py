@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -24,6 +25,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 REFERENCE = ROOT / "results" / "reference"
+
+LONGEST_WAIT = (
+    7 * 24 * 3600.0
+)  # seconds, of anything that may rightly take days, as another's training
 
 
 def results_root() -> Path:
@@ -138,12 +143,25 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process; a second process says that it waits, and waits.
 
     The system takes the lock back when its holder ends in whatever way, so nothing stale is left by a crash.
+
+    Raises:
+        TimeoutError: another process has held it for `LONGEST_WAIT` seconds, and seems to hang.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process works on {folder}; waiting for it", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        until = None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if until is None:
+                    print(f"another process works on {folder}; waiting for it", file=sys.stderr)
+                    until = time.monotonic() + LONGEST_WAIT
+                if time.monotonic() > until:
+                    hours = LONGEST_WAIT / 3600
+                    raise TimeoutError(
+                        f"{folder}: another process has held it for {hours:g} h; does that hang?"
+                    ) from None
+                time.sleep(0.2)
         yield

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -62,6 +63,7 @@ TRACKED = {  # what torch's memory tracker calls them -> part
     "Other": "input",
 }
 PARTS = tuple(dict.fromkeys(TRACKED.values()))
+SILENCE = 3600.0  # seconds that a process apart may take from one report to the next: of one step, at most
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 
 
@@ -208,7 +210,7 @@ def measure(
         work: what to run.
         device: `cpu` or `cuda`.
         steps: of either kind that are timed, after one that warms up; the median counts.
-        report: is told the phase that begins.
+        report: is told the phase, when it begins and after each of its steps.
 
     Returns:
         `step_s`, `inference_s`; in GiB `weights`, `optimizer`, `input`, `activations` after the loss, `rest` (what
@@ -240,11 +242,12 @@ def measure(
             loss.backward()
             adam.step()
         report("timed steps")
-        seconds = _median_seconds(step, device, steps)
+        seconds = _median_seconds(step, device, steps, partial(report, "timed steps"))
         network.eval()
         report("timed inference")
         with torch.inference_mode(), work.autocast(device):
-            inference = _median_seconds(lambda: network(image), device, steps)
+            timed = partial(report, "timed inference")
+            inference = _median_seconds(lambda: network(image), device, steps, timed)
     parts = {
         "weights": _gib([*network.parameters(), *network.buffers()]),
         "optimizer": _gib(t for state in adam.state.values() for t in state.values()),
@@ -261,7 +264,9 @@ def _gib(tensors: Iterable[Tensor]) -> float:
     return sum(t.untyped_storage().nbytes() for t in tensors) / GIB
 
 
-def _median_seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
+def _median_seconds(
+    run: Callable[[], Any], device: str, repeats: int, report: Callable[[], None]
+) -> float:
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -269,6 +274,7 @@ def _median_seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
+        report()
     return median(seconds[1:])
 
 
@@ -292,25 +298,33 @@ def _allocations(device: str) -> Iterator[dict[str, float]]:
 
 @contextmanager
 def process_memory(device: str) -> Iterator[dict[str, float]]:
-    """Fills in GiB that the process takes meanwhile: `reserved` on CUDA, else `resident`, sampled each 2 ms."""
+    """Fills in GiB that the process takes meanwhile: `reserved` on CUDA, else `resident`, sampled each 2 ms.
+
+    Raises:
+        MemoryError: at the end, when there was not enough for the samples.
+    """
     found: dict[str, float] = {}
     if device == "cuda":
         yield found
         found["reserved"] = torch.cuda.max_memory_reserved() / GIB
         return
     process, done = psutil.Process(), threading.Event()
-    samples = [process.memory_info().rss]
+    before = highest = process.memory_info().rss
 
     def sample() -> None:
+        nonlocal highest
         while not done.wait(0.002):
-            samples.append(process.memory_info().rss)
+            highest = max(highest, process.memory_info().rss)
 
-    threading.Thread(target=sample, daemon=True).start()
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
     try:
         yield found
+        if not thread.is_alive():
+            raise MemoryError("the process's memory could not be sampled to the end")
     finally:
         done.set()
-    found["resident"] = (max(samples) - samples[0]) / GIB
+    found["resident"] = (highest - before) / GIB
 
 
 def measure_apart(
@@ -320,12 +334,14 @@ def measure_apart(
 
     Args:
         work, device, steps: as in `measure`.
-        limit: GiB that the process may take for data, where the system enforces it (Linux), so that a network
-            which does not fit fails instead of driving the machine into its swap.
+        limit: GiB that the process may take for data beyond what Python, torch and their threads hold at its start,
+            where the system enforces it (Linux), so that a network which does not fit fails instead of driving the
+            machine into its swap.
 
     Returns:
         What `measure` does or, when it failed, `failed`: how far it got, why, and under which limit; a library
-        short of memory does not always say so (oneDNN: "could not create a primitive").
+        short of memory does not always say so (oneDNN: "could not create a primitive"). A process that says nothing
+        for `SILENCE` seconds is ended, and has failed.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch is imported once for all
@@ -335,13 +351,19 @@ def measure_apart(
         process.start()  # with torch's profiler quiet
     sender.close()
     phase, result = "starting", None
-    with suppress(EOFError):  # raised when the child has ended
-        while True:
-            message = receiver.recv()
-            phase, result = (message, None) if isinstance(message, str) else (phase, message)
-    process.join()
-    if result is None:
-        result = {"failed": f"killed with exit code {process.exitcode}"}
+    try:
+        with suppress(EOFError):  # raised when the child has ended
+            while receiver.poll(SILENCE):
+                message = receiver.recv()
+                phase, result = (message, None) if isinstance(message, str) else (phase, message)
+            result = {"failed": f"nothing was heard of it for {SILENCE:g} s"}
+            process.kill()
+        process.join(60)
+        if result is None:
+            result = {"failed": f"killed with exit code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join(60)
     return {"failed": f"{phase}: {result['failed']}"} if "failed" in result else result
 
 
@@ -352,7 +374,10 @@ def _child(
     if limit is not None:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (int(limit * GIB),) * 2)
+        held = getattr(
+            psutil.Process().memory_info(), "data", 0
+        )  # Linux's, which alone has a limit
+        resource.setrlimit(resource.RLIMIT_DATA, (held + int(limit * GIB),) * 2)
     try:
         sender.send(measure(work, device, steps, sender.send))
     except Exception as error:  # short of memory torch raises a RuntimeError

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 import tarfile
 from pathlib import Path
 
@@ -576,6 +577,16 @@ def test_download_verifies_and_unpacks(places, source, monkeypatch):
     assert data.case_ids("hippocampus") == ["case_0", "case_1"]
     monkeypatch.setattr("monai.apps.download_url", None)  # a second download would now fail
     assert data.download("hippocampus") == folder
+
+
+def test_a_source_that_sends_nothing_is_given_up(places, monkeypatch):
+    monkeypatch.setattr(datasets, "STALLED", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x.tar"
+        monkeypatch.setitem(DecathlonDataset.resource, "Task04_Hippocampus", url)
+        with pytest.raises(data.DataError, match="timed out"):
+            data.download("hippocampus")
+    assert socket.getdefaulttimeout() is None
 
 
 def _link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:

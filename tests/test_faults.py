@@ -336,6 +336,13 @@ def test_a_second_process_waits_for_the_first_and_trains_nothing_again(results, 
         assert (folder / name).read_bytes() == (trained / name).read_bytes()
 
 
+def test_a_folder_that_is_never_let_go_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "LONGEST_WAIT", 0.3)
+    held, other = paths.locked(tmp_path), paths.locked(tmp_path)
+    with held, pytest.raises(TimeoutError, match=f"{tmp_path}: another process has held it"), other:
+        pass
+
+
 def test_a_results_folder_belongs_to_one_process_at_a_time(results, monkeypatch):
     def fill(plan, force):
         with (plan.results / ".lock").open() as other, pytest.raises(BlockingIOError):

@@ -197,11 +197,17 @@ def test_what_is_interrupted_computes_nothing_more(monkeypatch):
     def interrupted(futures):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(grid, "as_completed", interrupted)
+    monkeypatch.setattr(grid, "_as_they_end", interrupted)
     with pytest.raises(KeyboardInterrupt):
         grid.compute(["tom"], Queue())
     assert len(queued) == 21
     assert all(future.cancelled() for future in queued)
+
+
+def test_a_queue_that_computes_nothing_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr(paths, "LONGEST_WAIT", 0.1)
+    with pytest.raises(TimeoutError, match="are there workers"):
+        list(grid._as_they_end([Future()]))
 
 
 @pytest.mark.parametrize("options", [[], ["--store"]])

@@ -1,9 +1,12 @@
 """Counted costs, held against other ways to find them: saved tensors, formulas, real runs."""
 
+import multiprocessing
 import sys
+import time
 from itertools import pairwise
 from math import prod
 from multiprocessing import Pipe
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -12,7 +15,15 @@ from torch import nn
 
 from srlib import profiling
 from srlib.paths import REFERENCE
-from srlib.profiling import PARTS, Workload, count, measure, measure_apart, published
+from srlib.profiling import (
+    PARTS,
+    Workload,
+    count,
+    measure,
+    measure_apart,
+    process_memory,
+    published,
+)
 from srlib.workload import loss_function
 
 SMALL = Workload("unet", size=32, out_channels=4)  # four: the CPU pads channels to a multiple
@@ -142,6 +153,33 @@ def test_what_does_not_fit_says_how_far_it_got():
     assert list(result) == ["failed"]
     assert result["failed"].startswith("first step: ")
     assert result["failed"].endswith("(at most 1 GiB of data)")
+
+
+def says_nothing(*_):
+    time.sleep(60)
+
+
+def test_a_process_that_says_nothing_is_ended(monkeypatch):
+    monkeypatch.setattr(profiling, "_child", says_nothing)
+    monkeypatch.setattr(profiling, "SILENCE", 1.0)
+    assert measure_apart(SMALL) == {"failed": "starting: nothing was heard of it for 1 s"}
+    assert not multiprocessing.active_children()
+
+
+def test_samples_that_end_early_are_no_measurement(monkeypatch):
+    class Process:
+        def __init__(self):
+            self.rss = iter([1])
+
+        def memory_info(self):
+            return SimpleNamespace(
+                rss=next(self.rss)
+            )  # then StopIteration, as MemoryError where there is none left
+
+    monkeypatch.setattr(profiling.psutil, "Process", Process)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    with pytest.raises(MemoryError, match="sampled to the end"), process_memory("cpu"):
+        time.sleep(0.5)
 
 
 def test_an_error_without_words_is_told(monkeypatch):

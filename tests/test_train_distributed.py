@@ -18,7 +18,7 @@ SHARED = RunConfig(
     precision="64-true",
 )  # fmt: skip
 
-# Each worker notes the step that it starts at; the second one kills itself before step 3 when it is told to.
+# Each worker notes the step that it starts at, and its run; the second one kills itself before step 3 when told to.
 WORKER = """
 import os, signal, sys
 from pathlib import Path
@@ -38,7 +38,8 @@ def deadly(config, step):
     return rate(config, step)
 
 train._batches, train.learning_rate = noted, deadly
-print(train.train(CONFIG, progress=True, checkpoint_seconds=0).run_dir)
+done = train.train(CONFIG, progress=True, checkpoint_seconds=0).run_dir
+Path(f"run-{sys.argv[1]}-{rank}").write_text(str(done))
 """
 
 
@@ -61,7 +62,7 @@ def test_two_processes_train_as_one_although_one_was_killed(tmp_path, monkeypatc
     assert starts["start-killed-0"] == starts["start-killed-1"] == 0
     assert starts["start-resumed-0"] == starts["start-resumed-1"] > 0
 
-    (folder,) = {*done.stdout.split()}
+    (folder,) = {file.read_text() for file in tmp_path.glob("run-resumed-*")}
     assert [str(file.parent) for file in tmp_path.rglob("run.json")] == [folder]
     assert not list(tmp_path.rglob("checkpoint.pt"))
 
