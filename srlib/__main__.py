@@ -20,12 +20,17 @@ import json
 from importlib.util import find_spec
 from typing import Annotated
 
+from srlib import errors
+
+if __name__ == "__main__":
+    errors.take_over()  # before the imports that take time
+
 import typer
 
 from srlib import commands, paths
-from srlib.commands import checked, stop
 
 app = typer.Typer(
+    cls=commands.Commands,
     help="SegResMamba, executable: the collection of notebooks, data sets and measurements.",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
@@ -58,28 +63,25 @@ def collection(
     dataset: DatasetOption = "mni152",
     only: Only = None,
     force: Annotated[bool, typer.Option("--force", help="Compute what is unchanged too.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of every training; its results go apart.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of every training; its results go apart.")
+    ] = 0,
     list_: Annotated[bool, typer.Option("--list", help="List the notebooks and stop.")] = False,
 ) -> None:
     """Execute the notebooks in order; write figures, tables, pages and a manifest."""
     from srlib import datasets, profiles
 
-    checked(lambda: (profiles.get(profile), datasets.get(dataset)))  # before seconds of imports
-    from srlib.collection import NotebookError, is_current, plan, run
-    from srlib.data import DataError
+    profiles.get(profile)  # before seconds of imports, as the data set's name
+    datasets.get(dataset)
+    from srlib.collection import is_current, plan, run
 
-    chosen = checked(lambda: plan(profile, dataset, only or (), seed=seed))
+    chosen = plan(profile, dataset, only or (), seed=seed)
     if list_:
         for notebook in chosen.notebooks:
             state = "done" if is_current(chosen, notebook) else "to do"
             typer.echo(f"{state:<5}  {notebook.stem}")
         return
-    try:
-        run(chosen, force)
-    except (DataError, NotebookError, OSError) as error:
-        stop(str(error), status=1)
-    except KeyboardInterrupt:
-        stop("stopped; the notebooks that were finished are kept", status=130)
+    run(chosen, force)
 
 
 @app.command()
@@ -101,7 +103,7 @@ def grid(
     """Compute the runs of comparisons that results/reference lacks."""
     from srlib import grid
 
-    configs = checked(lambda: [config for name in names for config in grid.configs(name)])
+    configs = [config for name in names for config in grid.configs(name)]
     if list_:
         for config in configs:
             state = "done" if grid.is_done(config) else "to do"
@@ -109,17 +111,10 @@ def grid(
         return
 
     if wrong := [pair for pair in job or () if "=" not in pair]:
-        stop(f"--job {wrong[0]!r}: expected NAME=VALUE, as gpus_per_node=1")
-
-    def compute() -> None:
-        parameters = dict(pair.split("=", 1) for pair in job or ())
-        with grid.executor(executor, workers, scheduler, parameters) as made:
-            grid.compute(names, made)
-
-    try:
-        checked(compute)
-    except grid.RunsFailed as failure:
-        stop(str(failure), status=1)
+        raise ValueError(f"--job {wrong[0]!r}: expected NAME=VALUE, as gpus_per_node=1")
+    parameters = dict(pair.split("=", 1) for pair in job or ())
+    with grid.executor(executor, workers, scheduler, parameters) as made:
+        grid.compute(names, made)
 
 
 @app.command()
@@ -136,8 +131,8 @@ def verify(profile: Profile = "default", dataset: DatasetOption = "mni152") -> N
     """Compare the last run's tables with those that the repository holds."""
     from srlib import collection, reference
 
-    done = checked(lambda: collection.plan(profile, dataset).manifest["notebooks"])
-    comparison = checked(lambda: reference.compare(profile, dataset, done))
+    done = collection.plan(profile, dataset).manifest["notebooks"]
+    comparison = reference.compare(profile, dataset, done)
     typer.echo(reference.verdict(comparison))
     if not comparison["agrees"].all():
         raise typer.Exit(1)
@@ -148,28 +143,25 @@ def store_reference(profile: Profile = "default", dataset: DatasetOption = "mni1
     """For maintainers: make the last run's tables what runs are compared with."""
     from srlib import reference
 
-    checked(lambda: reference.store(profile, dataset))
+    reference.store(profile, dataset)
 
 
 @app.command()
 def store_outputs(dataset: DatasetOption = "mni152", only: Only = None) -> None:
     """For maintainers: copy the default profile's last outputs into notebooks, solutions and README's figure."""
-    from srlib.collection import NotebookError, plan, store_outputs
+    from srlib.collection import plan, store_outputs
     from srlib.site import store_figure
 
-    try:
-        chosen = checked(lambda: plan("default", dataset, only or ()))
-        checked(lambda: store_outputs(chosen))
-        store_figure(chosen.results, paths.REFERENCE / "figures")
-    except NotebookError as error:
-        stop(str(error), status=1)
+    chosen = plan("default", dataset, only or ())
+    store_outputs(chosen)
+    store_figure(chosen.results, paths.REFERENCE / "figures")
 
 
 @app.command(context_settings=PASS_ON)
 def test(context: typer.Context) -> None:
     """Run the tests, and the notebooks in the smoke profile; further arguments go to pytest."""
     if find_spec("nbval") is None or find_spec("pytest") is None:
-        stop('the tests need the extra "dev": pip install -e ".[dev]"')
+        raise ImportError('the tests need the extra "dev": pip install -e ".[dev]"')
     os.chdir(paths.ROOT)
     os.environ["SRLIB_PROFILE"] = "smoke"
     notebooks = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1200"]
@@ -209,7 +201,7 @@ def bench(
     """Run a benchmark, which prints its table and may store it; further arguments go to it, as --quick."""
     scripts = {script.stem: script for script in (paths.ROOT / "benchmarks").glob("*.py")}
     if name not in scripts:
-        stop(f"benchmark {name!r} is not one of {', '.join(sorted(scripts))}")
+        raise ValueError(f"benchmark {name!r} is not one of {', '.join(sorted(scripts))}")
     os.execv(sys.executable, [sys.executable, str(scripts[name]), *context.args])
 
 
@@ -225,7 +217,7 @@ def info(
     from srlib.scan import backends
 
     if checkpoint:
-        trained = checked(lambda: load_trained(checkpoint))
+        trained = load_trained(checkpoint)
         config, entry = dataclasses.asdict(trained.config), dataclasses.asdict(trained.entry)
         for fact, value in (config | entry | config).items():  # where both say it, what was trained
             typer.echo(f"{fact:<16}{value}")
@@ -259,7 +251,7 @@ def data_get(name: DatasetName) -> None:
     """Download a data set from its official source, check it and unpack it."""
     from srlib import data
 
-    typer.echo(checked(lambda: data.download(name)))
+    typer.echo(data.download(name))
 
 
 @data_app.command("check")
@@ -267,7 +259,7 @@ def data_check(name: DatasetName) -> None:
     """Check every case: readable files, shapes, affines, labels, finite voxels."""
     from srlib import data
 
-    checked(lambda: data.check(name))
+    data.check(name)
     typer.echo(f"{name}: {len(data.case_ids(name))} cases, all in order")
 
 
@@ -287,7 +279,7 @@ def data_plan(
     """
     from srlib import plans
 
-    found = checked(lambda: plans.make(folder.resolve(), memory, network))
+    found = plans.make(folder.resolve(), memory, network)
     typer.echo("\n".join(found.summary))
 
 

@@ -39,6 +39,15 @@ PARAMETERS = ("PROFILE", "DATASET", "SEED", "INTERACTIVE")
 CELL_TIMEOUT = {"smoke": 20 * 60, "default": 3 * 3600, "full": int(paths.LONGEST_WAIT)}
 # Tags of the cells that papermill adds to a notebook.
 ADDED_CELLS = {"injected-parameters", "papermill-error-cell-tag"}
+# What the manifest says of each notebook, at least.
+ENTRY = {
+    "stamp": str,
+    "seconds": float,
+    "outputs": list,
+    "finished": str,
+    "device": str,
+    "commit": str,
+}
 ABSOLUTE_PATH = re.compile(r"(?<![\w.~/])/(?:root|home|Users|work|tmp|private|opt|usr)/[\w.]")
 ANSI_CODE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -64,9 +73,12 @@ class Plan:
     @property
     def manifest(self) -> dict[str, Any]:
         """What was written down so far about what is in that folder."""
-        file = self.results / "manifest.json"
+        file, what = self.results / "manifest.json", "a manifest of the collection"
         if file.exists():
-            return json.loads(file.read_text())
+            found = paths.read_json(file, what, profile=str, dataset=str, seed=int, notebooks=dict)
+            for entry in found["notebooks"].values():
+                paths.require(file, what, entry, **ENTRY)
+            return found
         return {
             "profile": self.profile,
             "dataset": self.dataset,
@@ -343,7 +355,7 @@ def store_outputs(plan: Plan) -> None:
 
 
 def _read(notebook: Path) -> NotebookNode:
-    return nbformat.read(notebook, as_version=4)
+    return site.read_notebook(notebook)
 
 
 def _sources(notebook: Path) -> list[Path]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from srlib import profiles
+from srlib import errors, profiles
 
-T = TypeVar("T")
 DEFAULT = profiles.get("default")
 app = typer.Typer()
 
@@ -19,18 +19,6 @@ CheckpointFile = Annotated[
     Path,
     typer.Argument(metavar="CHECKPOINT", help="A model.safetensors, or the folder of its run."),
 ]
-
-
-def checked(action: Callable[[], T]) -> T:
-    """Run `action`; what a user can mend ends the program with its message instead of a traceback."""
-    try:
-        return action()
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        stop(str(error))
-    except (OSError, FloatingPointError) as error:  # a full disk; a training that diverged
-        stop(str(error), status=1)
-    except KeyboardInterrupt:
-        stop("stopped; what was finished is kept", 130)
 
 
 def say(message: str) -> None:
@@ -41,10 +29,30 @@ def say(message: str) -> None:
         typer.echo(message)
 
 
-def stop(message: str, status: int = 2) -> NoReturn:
-    """End the program with a message."""
-    typer.echo(message, err=True)
-    raise typer.Exit(status)
+class Commands(TyperGroup):
+    """The program; an error is told as `srlib.errors` says."""
+
+    def main(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        standalone_mode: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Run a command; a wrong option is one line too."""
+        arguments = sys.argv[1:] if args is None else list(args)
+        try:
+            status = super().main(arguments, standalone_mode=False, **options) or 0
+            if status == 130:  # as Typer hands on Ctrl-C
+                status = errors.tell(KeyboardInterrupt(), arguments)
+        except SystemExit:
+            raise
+        except typer.Abort:  # as Click does
+            status = errors.tell(KeyboardInterrupt(), arguments)
+        except BaseException as error:
+            status = errors.tell(error, arguments)
+        if standalone_mode:
+            sys.exit(status)
+        return status
 
 
 @app.command(
@@ -88,16 +96,16 @@ def train(
             settings["patch_size"] = patch
         return runs.config_for("default", name, fold, seed, **settings)
 
-    config = checked(configure)
+    config = configure()
     if folder:
         say("\n".join(plans.load(folder.resolve()).summary))
     patches = " x ".join(map(str, config.patch_size))
-    run = checked(lambda: runs.run_dir(config))
+    run = runs.run_dir(config)
     say(
         f"{config.dataset}: network {model!r}, {steps} steps of {batch_size} patches of {patches} voxels,"
         f" fold {fold}, seed {seed}\n{provenance.device_name()}\nrun: {run}"
     )
-    checked(lambda: train(config))
+    train(config)
     trained = run / "model.safetensors"
     say(f"trained: {trained}\n  evaluate it: python -m srlib evaluate {trained}")
     say(f"  segment with it: python -m srlib predict {trained} SCAN... --out DIR")
@@ -113,8 +121,8 @@ def evaluate(checkpoint: CheckpointFile) -> None:
     from srlib.evaluate import evaluate, summarise
 
     file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
-    config = checked(lambda: load_trained(file)).config
-    table = checked(lambda: evaluate(config, checkpoint=file))
+    config = load_trained(file).config
+    table = evaluate(config, checkpoint=file)
     typer.echo(f"{config.dataset}, fold {config.fold}: {table['case'].nunique()} held-out cases")
     typer.echo(summarise(table).to_string(index=False, float_format="{:.3f}".format))
     typer.echo(f"each case: {file.parent / 'metrics.csv'}")
@@ -151,27 +159,19 @@ def predict(
     NAME_0000, NAME_0001 and so on, in the order of the training, or one 4D NIfTI file.
     """
     from srlib import predict
-    from srlib.data import DataError
 
-    segmenter = checked(lambda: predict.load(checkpoint))
-    cases = checked(lambda: predict.find_cases(inputs, segmenter.entry.in_channels))
-    targets = checked(lambda: {name: predict.target(out, name, cases[name]) for name in cases})
-    checked(lambda: out.mkdir(parents=True, exist_ok=True))
-
-    def segment(name: str) -> bool:
+    segmenter = predict.load(checkpoint)
+    cases = predict.find_cases(inputs, segmenter.entry.in_channels)
+    targets = {name: predict.target(out, name, cases[name]) for name in cases}
+    out.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for name in cases:
         try:
             mask = predict.segment(segmenter, cases[name], overlap, flips)
             predict.write_mask(mask, cases[name][0], targets[name])
-        except DataError as error:  # the others can still be segmented
-            typer.echo(str(error), err=True)
-            return False
-        except (MemoryError, RuntimeError, OSError) as error:  # as ITK and torch report theirs
-            said = " ".join(str(error).split())
-            typer.echo(f"{name}: {type(error).__name__}: {said}", err=True)
-            return False
-        typer.echo(targets[name])
-        return True
-
-    segmented = [checked(partial(segment, name)) for name in cases]
-    if not all(segmented):
-        stop(f"{segmented.count(False)} of {len(cases)} cases could not be segmented", status=1)
+            typer.echo(targets[name])
+        except Exception as error:  # the others can still be segmented
+            errors.tell(error, ["predict"], name)
+            failed += 1
+    if failed:
+        raise ValueError(f"{failed} of {len(cases)} cases could not be segmented")

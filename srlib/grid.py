@@ -28,6 +28,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
@@ -267,10 +268,13 @@ def kept(dataset: str) -> Kept:
     return _read(*files, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
 
 
+RECORDS = "the records of finished runs"
+
+
 @lru_cache(maxsize=32)
 def _read(records: Path, tables: Path, _state: tuple) -> Kept:
     """What two files hold in this state; the records first, since they are written last."""
-    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    lines = paths.read_json_lines(records, RECORDS, run=str)
     cases = pd.read_csv(tables, dtype={"case": str})
     by_run = {str(name): rows for name, rows in cases.groupby("run", sort=False)}
     return Kept({line["run"]: line for line in lines}, by_run)
@@ -301,9 +305,9 @@ def keep(config: RunConfig, table: str, record: Mapping[str, Any]) -> None:
         others = [line for line in others if not line.startswith(f"{name},")]  # of a killed process
         _write(file, [top, *others, *(f"{name},{row}" for row in rows)])
         file = folder / "runs.jsonl"
-        lines = file.read_text().splitlines() if file.is_file() else []
-        lines = [line for line in lines if json.loads(line)["run"] != name]
-        _write(file, [*lines, json.dumps({**record, "run": name}, sort_keys=True)])
+        records = paths.read_json_lines(file, RECORDS, run=str) if file.is_file() else []
+        records = [kept for kept in records if kept["run"] != name] + [{**record, "run": name}]
+        _write(file, [json.dumps(kept, sort_keys=True) for kept in records])
 
 
 def _write(file: Path, lines: Sequence[str]) -> None:
@@ -427,7 +431,7 @@ def compute_run(config: RunConfig) -> tuple[str, dict[str, Any]]:
     """Train and score one run; returns its table (CSV) and its record."""
     train(config, progress=False)
     evaluate(config, progress=False)
-    record = json.loads((run_dir(config) / "run.json").read_text())
+    record = paths.read_json(run_dir(config) / "run.json", "the record of a run", run=str)
     record |= {"id": record.pop("run"), "sources": paths.source_hash(SOURCES)}
     record |= {"device_name": provenance.device_name(), "commit": provenance.commit()[0]}
     return (run_dir(config) / "metrics.csv").read_text(), record
@@ -569,6 +573,11 @@ def jobs(workers: int, parameters: Mapping[str, str], cluster: str = "slurm") ->
         from submitit import AutoExecutor
     except ImportError as error:
         raise ImportError('the executor "slurm" needs: pip install "srlib[slurm]"') from error
+    if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
+        raise FileNotFoundError(
+            "--executor slurm: sbatch and srun are not here; expected a machine that submits jobs,"
+            " or --executor process"
+        )
     made = AutoExecutor(paths.results_root() / "jobs", cluster)
     numbers = {k: int(v) if v.isdecimal() else v for k, v in parameters.items()}
     try:

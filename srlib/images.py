@@ -9,6 +9,8 @@ prediction call the same `prepare`, so a network never sees a scan that was prep
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -29,6 +31,11 @@ T = TypeVar("T")
 NIFTI = (".nii.gz", ".nii")
 ENDINGS = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd")
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM and ITK point left, posterior and superior
+# How the headers of NRRD and of MetaImage name the file of their voxels; `LIST` begins a list of them.
+DATA_FILE = re.compile(
+    r"^\s*(?:data ?file|ElementDataFile)\s*[=:][ \t]*([^\r\n]*)", re.MULTILINE | re.IGNORECASE
+)
+MOST_HEADER = 1 << 20  # bytes of a header
 SAME_GRID = 1e-3  # mm (of origins) and 1 (of directions): closer affines are one grid
 
 
@@ -165,6 +172,7 @@ def _load(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray
     if not path.name.lower().endswith(NIFTI):
         import SimpleITK as sitk
 
+        _refuse_data_elsewhere(path)
         return _from_itk(sitk.ReadImage(str(path)))
     image = nib.Nifti1Image.from_filename(path)
     if image.get_data_dtype().kind not in "biuf":
@@ -174,6 +182,27 @@ def _load(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray
         header = nib.Nifti1Header.from_fileobj(file, check=False)
     spacing = np.asarray(header["pixdim"][1:4], np.float64)
     return array, np.asarray(image.affine, np.float64), spacing
+
+
+def _refuse_data_elsewhere(path: Path) -> None:
+    """`DataError` when the header of an NRRD or MetaImage file names a file of voxels that is not beside it."""
+    with path.open("rb") as file:
+        header = file.read(MOST_HEADER).decode("latin-1")
+    if path.suffix.lower() in (
+        ".nrrd",
+        ".nhdr",
+    ):  # a blank line ends it; MetaImage goes on after one
+        header = re.split(r"\r?\n\r?\n", header, maxsplit=1)[0]
+    for found in DATA_FILE.finditer(header):
+        names = (
+            [found[1]] if found[1].split()[:1] != ["LIST"] else header[found.end() :].split("\n")
+        )
+        for name in names:
+            place = os.path.normpath(path.parent / name.strip())
+            if not Path(place).is_relative_to(os.path.normpath(path.parent)):
+                raise DataError(
+                    f"{path}: its voxels are in {name.strip()}; expected a file beside it"
+                )
 
 
 def _from_itk(

@@ -83,7 +83,7 @@ def standard(folder: Path) -> Contents:
             )
         return Contents(_sorted(cases, index if stated else folder), *_meaning(stated))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, DataError | UnicodeEncodeError):
             raise
         raise DataError(f"{index}: not as the Decathlon or nnU-Net write it: {error!r}") from error
 
@@ -183,6 +183,7 @@ def _by_name(folder: Path) -> dict[str, Path]:
         name = stem(path)
         if not name or path.name.startswith("."):
             continue
+        str(path).encode()  # a name that is not UTF-8 ends it here
         if name in found:
             raise DataError(f"{path} and {found[name].name}: two files of one name")
         found[name] = path

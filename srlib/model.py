@@ -304,9 +304,9 @@ class SegResMamba(nn.Module):
         return self.decode(self.encode(x), x.shape[2:])
 
     def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 5 or x.shape[1] != self.in_channels:
+        if x.dim() != 5 or not len(x) or x.shape[1] != self.in_channels:
             raise ValueError(
-                f"input must have rank 5 (B, C, D, H, W) with C = in_channels = {self.in_channels}, "
+                f"input must have rank 5 (B, C, D, H, W) with B > 0 and C = in_channels = {self.in_channels}, "
                 f"got rank {x.dim()} with shape {tuple(x.shape)}"
             )
         if prod(-(-n // MINIMUM_DIVISOR) for n in x.shape[2:]) < 2:

@@ -9,8 +9,10 @@ Environment variables, read at each call so that a test or a script can set them
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -21,10 +23,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 REFERENCE = ROOT / "results" / "reference"
+SPARE = (
+    1 << 20
+)  # bytes; with fewer a disk counts as full where a library says only that writing failed
 
 LONGEST_WAIT = (
     7 * 24 * 3600.0
@@ -82,6 +88,43 @@ def source_hash(names: tuple[str, ...]) -> str:
     return digest.hexdigest()[:16]
 
 
+def read_json(file: Path, what: str, **expected: type) -> dict[str, Any]:
+    """Read an object from a file of JSON that srlib wrote.
+
+    Args:
+        file: where it is.
+        what: the file's content in words.
+        expected: keys that must be there, and the types of their values.
+
+    Raises:
+        ValueError: an empty or cut file, another type, or a key that is missing; names the file.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected {what} in JSON ({error}); remove it") from error
+    require(file, what, found, **expected)
+    return found
+
+
+def read_json_lines(file: Path, what: str, **expected: type) -> list[dict[str, Any]]:
+    """Read a file with an object a line, as `read_json` reads one with one object."""
+    try:
+        found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{file}: expected {what} in JSON, one a line ({error})") from error
+    for entry in found:
+        require(file, what, entry, **expected)
+    return found
+
+
+def require(file: Path, what: str, found: Any, **expected: type) -> None:
+    """Raise the ValueError of `read_json` unless an object has the expected keys and types."""
+    for key, kind in expected.items():
+        if not (isinstance(found, dict) and isinstance(found.get(key), kind)):
+            raise ValueError(f"{file}: expected {what} with {key!r}, a {kind.__name__}; remove it")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
@@ -107,8 +150,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
+    except RuntimeError as error:  # of ITK or PyTorch
+        if _free(path.parent) > SPARE:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _free(folder: Path) -> int:
+    """Bytes that can still be written there."""
+    return shutil.disk_usage(folder).free
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -74,6 +74,7 @@ def find_cases(inputs: Sequence[Path], channels: int) -> dict[str, tuple[Path, .
     files = {path: _name_and_channel(path) for path in _files(inputs)}
     known = set(files.values())
     for path, (name, number) in files.items():
+        str(path).encode()  # a name that is not UTF-8 ends it here, not after hours
         if channels == 1 and number > 0 and (name, 0) not in known:
             name, number = f"{name}_{number:04d}", WHOLE
         if number in found[name]:
@@ -89,7 +90,7 @@ def find_cases(inputs: Sequence[Path], channels: int) -> dict[str, tuple[Path, .
 
 
 def _name_and_channel(path: Path) -> tuple[str, int]:
-    name = images.stem(path) or path.name
+    name = images.stem(path) or path.resolve().name  # `.` has none
     channel = CHANNEL.search(name)
     return (name[: channel.start()], int(channel[1])) if channel else (name, WHOLE)
 

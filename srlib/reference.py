@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from srlib.paths import REFERENCE, atomic_folder, results_dir, slug
+from srlib.paths import REFERENCE, atomic_folder, read_json, results_dir, slug
 
 # Columns that a machine's speed or load decides are not compared.
 MACHINE = re.compile(
@@ -123,11 +123,12 @@ def store(profile: str, dataset: str) -> None:
     source, target = results_dir(profile, dataset), folder(profile, dataset)
     if not (source / "manifest.json").is_file():
         raise FileNotFoundError(f"nothing has been computed: no manifest in {source}")
-    manifest = json.loads((source / "manifest.json").read_text())
+    what = "a manifest of the collection"
+    manifest = read_json(source / "manifest.json", what, notebooks=dict)
     replaced = tuple(f"{notebook[:2]}-" for notebook in manifest["notebooks"])
     with atomic_folder(target) as partial:
         if target.is_dir():
-            before = json.loads((target / "manifest.json").read_text())
+            before = read_json(target / "manifest.json", what, notebooks=dict)
             manifest["notebooks"] = before["notebooks"] | manifest["notebooks"]
             for table in target.glob("*.csv"):
                 if not table.name.startswith(replaced):

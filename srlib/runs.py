@@ -98,6 +98,10 @@ class RunConfig:
         for name in ("steps", "batch_size", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise ValueError(f"patch_size must be three positive numbers, got {self.patch_size}")
 
     def to_json(self) -> str:
         """The settings as JSON with sorted keys, without the system's name."""
@@ -122,9 +126,17 @@ def config_for(
 
 
 def device() -> torch.device:
-    """`$SRLIB_DEVICE`, else the first CUDA device, else the CPU."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(os.environ.get("SRLIB_DEVICE") or default)
+    """`$SRLIB_DEVICE`, else the first CUDA device, else the CPU.
+
+    Raises:
+        ValueError: it names no device of this machine.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    asked = os.environ.get("SRLIB_DEVICE") or ("cuda" if count else "cpu")
+    if asked not in ("cpu", *["cuda"][:count], *(f"cuda:{number}" for number in range(count))):
+        here = f"{count} CUDA device(s), with PyTorch {torch.__version__}"
+        raise ValueError(f"SRLIB_DEVICE={asked}: expected cpu, cuda or cuda:N; here: {here}")
+    return torch.device(asked)
 
 
 def processes() -> int:

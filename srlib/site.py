@@ -15,6 +15,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 from jinja2 import Environment, PackageLoader
+from nbformat import NotebookNode
 from PIL import Image
 
 from srlib import data
@@ -68,12 +69,29 @@ def store_figure(results: Path, target: Path) -> None:
         image.convert("RGB").quantize(256).save(temporary, format="PNG", optimize=True)
 
 
+def read_notebook(file: Path) -> NotebookNode:
+    """Read a notebook, in format 4.
+
+    Raises:
+        ValueError: an empty or cut file, or of another type; names the file.
+    """
+    try:
+        notebook = nbformat.read(file, as_version=4)
+        nbformat.validate(notebook)
+    except (ValueError, AttributeError, TypeError, KeyError, nbformat.ValidationError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"{file}: expected a notebook of Jupyter ({said[:100]}); remove it"
+        ) from error
+    return notebook
+
+
 def write_page(executed: Path) -> None:
     """Write an executed notebook as an HTML page beside it that needs no other file."""
     from nbconvert import HTMLExporter
 
     resources = {"metadata": {"name": executed.stem}}
-    notebook = with_alt_text(nbformat.read(executed, as_version=4))
+    notebook = with_alt_text(read_notebook(executed))
     html, _ = HTMLExporter(raw_template=PAGE).from_notebook_node(notebook, resources)
     # Page links to page; all of them are in one folder, the solutions' too.
     html = re.sub(r'href="(?:\.\./)?(\d\d_\w+)\.ipynb', r'href="\1.html', html)
@@ -121,7 +139,7 @@ def duration(seconds: float) -> str:
 
 def _describe(results: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """What the front page says of a notebook."""
-    executed = nbformat.read(results / "notebooks" / f"{name}.ipynb", as_version=4)
+    executed = read_notebook(results / "notebooks" / f"{name}.ipynb")
     title = next(re.findall(r"(?m)^# (.+)", c.source) for c in executed.cells if "# " in c.source)
     figures = [file for file in entry["outputs"] if file.endswith(".png")]
     return {

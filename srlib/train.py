@@ -235,7 +235,7 @@ def _batches(config: RunConfig, first_step: int, rank: int) -> DataLoader:
     )
     share = config.batch_size // processes()
     starts = range(rank * share, len(samples), config.batch_size)
-    batches = [list(range(start, start + share)) for start in starts]
+    batches = ([*range(start, start + share)] for start in starts)  # made as they are needed
     return DataLoader(samples, batch_sampler=batches, num_workers=_loading_processes())
 
 

@@ -291,7 +291,7 @@ def test_train_evaluate_predict_and_info_in_a_row(tmp_path, monkeypatch):
     bad = tmp_path / "bad.nii"
     bad.write_text("not a scan")
     result = invoke("predict", str(moved), str(bad), str(scan), "--out", str(tmp_path / "masks"))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert f"{bad}: cannot be read" in result.stderr
     assert result.stderr.endswith("1 of 2 cases could not be segmented\n")
     mask = nib.load(tmp_path / "masks" / scan.name)

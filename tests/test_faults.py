@@ -97,20 +97,20 @@ def test_a_trained_network_that_cannot_be_used(trained, tmp_path, spoil, message
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "message"),
+    ("name", "lines", "message"),
     [
-        ("nothing", 2, "no such file or folder"),
-        ("empty", 1, "expected the files of one DICOM series, got 0"),
-        ("text.nii", 1, "cannot be read"),
+        ("nothing", 1, "no such file or folder"),
+        ("empty", 2, "expected the files of one DICOM series, got 0"),
+        ("text.nii", 2, "cannot be read"),
     ],
 )
-def test_a_scan_that_cannot_be_segmented(trained, tmp_path, name, status, message):
+def test_a_scan_that_cannot_be_segmented(trained, tmp_path, name, lines, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.nii").write_text("not a scan")
     result = predict(trained, tmp_path / name, tmp_path / "masks")
-    assert result.exit_code == status
+    assert result.exit_code == 2
     assert f"{tmp_path / name}: {message}" in result.stderr
-    assert len(result.stderr.splitlines()) == (1 if status == 2 else 2)
+    assert len(result.stderr.splitlines()) == lines
     assert not list(tmp_path.glob("masks/*"))
 
 
@@ -118,7 +118,7 @@ def test_masks_that_cannot_be_written(trained, tmp_path):
     """Before anything is computed."""
     (tmp_path / "masks").write_text("not a folder")
     result = predict(trained, data.cases("mni152")[0].image, tmp_path / "masks")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
     assert str(tmp_path / "masks") in result.stderr
 
@@ -126,9 +126,9 @@ def test_masks_that_cannot_be_written(trained, tmp_path):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (MemoryError(), "MemoryError: "),
-        (RuntimeError("ITK:\n cannot write"), "RuntimeError: ITK: cannot write"),
-        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
+        (MemoryError(), "virtual_01: out of memory: "),
+        (OSError(28, "No space left on device"), "virtual_01: No space left on device; free"),
+        (RuntimeError("ITK:\n cannot write"), "virtual_01: a fault of srlib: RuntimeError: ITK:"),
     ],
 )
 def test_one_scan_that_fails_does_not_end_the_others(
@@ -143,16 +143,17 @@ def test_one_scan_that_fails_does_not_end_the_others(
     monkeypatch.setattr("srlib.predict.segment", segment)
     monkeypatch.setattr("srlib.predict.write_mask", lambda mask, like, path: path.touch())
     result = predict(trained, *scans, tmp_path / "masks")
-    assert result.exit_code == 1
-    told = [f"virtual_01: {message}", "1 of 2 cases could not be segmented"]
-    assert result.stderr.splitlines() == told
+    assert result.exit_code == 2
+    first, second = result.stderr.splitlines()
+    assert first.startswith(message)
+    assert second == "1 of 2 cases could not be segmented"
     assert [file.name for file in (tmp_path / "masks").iterdir()] == ["virtual_02.nii.gz"]
 
 
 def test_a_training_that_diverges(results, monkeypatch):
     monkeypatch.setattr(train, "learning_rate", lambda config, step: math.inf)
     result = CliRunner().invoke(__main__.app, ["train", *OPTIONS])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith("step 1: loss or weights are no finite numbers any more")
     assert len(result.stderr.splitlines()) == 1
 
@@ -274,7 +275,7 @@ def can_mount() -> bool:
 def test_a_disk_that_cannot_be_written(tmp_path, mount, message):
     process = start("train", *OPTIONS, results=tmp_path / "results", mount=mount)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
+    assert process.returncode == 2
     told = [line for line in errors.splitlines() if message in line]
     assert len(told) == 1
     assert str(tmp_path / "results") in told[0]
@@ -313,7 +314,7 @@ def test_ctrl_c_stops_a_training_within_seconds(tmp_path):
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - asked < 30
     assert process.returncode == 130
     assert errors.splitlines()[-1].startswith("stopped; what was finished is kept")
     assert "Traceback" not in errors

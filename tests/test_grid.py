@@ -179,7 +179,7 @@ def test_missing_runs_are_computed_and_kept_the_failing_one_reported(monkeypatch
     monkeypatch.setattr(grid, "compute_run", compute_run)
     monkeypatch.setattr(grid, "executor", lambda *_: contextlib.nullcontext(Here()))
     ended = CliRunner().invoke(app, ["grid", "tom"])
-    assert ended.exit_code == 1
+    assert ended.exit_code == 2
     said = f"failed: hippocampus {grid.run_name(second)}; the first one said: OSError: disk full\n"
     assert ended.stderr.endswith(said)
     assert grid.is_done(first)
