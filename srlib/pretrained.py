@@ -1,7 +1,7 @@
 """Small trained networks that come with the repository: `tiny`, in half precision, one for each of two data sets.
 
 `results/reference/<data set>/tiny.safetensors` is what `srlib.predict` takes; the model card beside it, `tiny.md`,
-says what it was trained on and how well it does. `benchmarks/pretrained.py` makes both.
+says what it was trained on and how well it does. `benchmarks/publish.py` makes both.
 """
 
 from __future__ import annotations

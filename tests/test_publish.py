@@ -11,7 +11,7 @@ from srlib.paths import REFERENCE, ROOT
 
 @pytest.fixture(scope="module")
 def tables():
-    spec = importlib.util.spec_from_file_location("t", ROOT / "benchmarks" / "scale_tables.py")
+    spec = importlib.util.spec_from_file_location("t", ROOT / "benchmarks" / "publish.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,0 +1,222 @@
+"""What is made once from trainings and tables, and committed: small networks, receptive fields, README's tables.
+
+python benchmarks/publish.py network hippocampus    # results/reference/hippocampus/tiny.*
+python benchmarks/publish.py field                  # results/reference/hippocampus/receptive_field.csv
+python benchmarks/publish.py scale                  # prints the tables of what fits where and what it costs
+"""
+
+from __future__ import annotations
+
+import tempfile
+from math import prod
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+from torch import nn
+
+from srlib import data, evaluate, grid, paths, pretrained, provenance, receptive, runs, train
+from srlib.baselines import PEERS
+from srlib.checkpoints import load_trained, save_trained
+from srlib.model import FEATURES
+from srlib.runs import RunConfig
+
+app = typer.Typer(help=__doc__, rich_markup_mode=None)
+
+# --- A small trained network, and its model card --------------------------------------------------
+
+CARD = """# `tiny` for {name}
+
+SegResMamba with {features} channels ({parameters:,} parameters, half precision), for {title}.
+
+- **Use**: `python -m srlib predict {file} SCAN... --out DIR`, and `00_start_here`. It shows what the network does; it
+  is no medical device, and no result of the collection rests on it.
+- **Input**: {modalities}, resampled to {spacing} mm, robust z-scores. **Output**: background, {classes}.
+- **Trained on** {training} cases of fold 0 (data fingerprint {fingerprint}), seed {seed}: {steps} steps of
+  {batch} patches of {patch} voxels, AdamW, learning rate {rate}; on {device}, torch {torch}, commit {commit}.
+- **Held-out** {held_out} cases of fold 0, mean (standard deviation over cases): {scores}.
+- **Limits**: {limits}
+- **Data and licence of the data**: {source}; {licence}. {citation}.
+"""
+VIRTUAL = "trained on a virtual cohort of one deformed template: it has never seen a patient."
+REAL = "one data set, crops around the structure; whole heads and other scanners were never seen."
+
+
+@app.command()
+def network(dataset: str, steps: int = 1500) -> None:
+    """Train `tiny` on fold 0, round its weights to half precision, score the rounded ones, write network and card."""
+    config = runs.config_for("default", dataset, steps=steps, model="tiny", learning_rate=4e-3)
+    trained = load_trained(train.train(config).run_dir)
+    rounded = trained._replace(weights={k: v.half() for k, v in trained.weights.items()})
+    with tempfile.TemporaryDirectory() as scratch:  # where the predictions go
+        save_trained(Path(scratch, "tiny.safetensors"), rounded)
+        scores = evaluate.evaluate(config, checkpoint=Path(scratch, "tiny.safetensors"))
+    file = pretrained.file(dataset)
+    save_trained(file, rounded)
+    parameters = sum(tensor.numel() for tensor in rounded.weights.values())
+    with paths.atomic_path(file.with_suffix(".md")) as temporary:
+        temporary.write_text(card(config, parameters, scores))
+    typer.echo(file.with_suffix(".md").read_text())
+
+
+def card(config: RunConfig, parameters: int, scores: pd.DataFrame) -> str:
+    """The model card, from what was done and found."""
+    entry, facts = data.get(config.dataset), provenance.describe()
+    means = [
+        f"Dice {name} {table['dice'].mean():.3f} ({table['dice'].std():.3f}), "
+        f"HD95 {table['hd95'].mean():.1f} mm ({table['hd95'].std():.1f})"
+        for name, table in scores.groupby("class", sort=False)
+    ]
+    return CARD.format(
+        name=config.dataset,
+        features=", ".join(map(str, FEATURES["tiny"])),
+        parameters=parameters,
+        title=f"{entry.title} ({entry.task})",
+        file=f"results/reference/{config.dataset}/tiny.safetensors",
+        modalities=", ".join(entry.modalities),
+        spacing="x".join(f"{mm:g}" for mm in entry.spacing),
+        classes=", ".join(entry.classes),
+        training=len(data.split(config.dataset, config.fold).train),
+        held_out=scores["case"].nunique(),
+        fingerprint=data.fingerprint(config.dataset),
+        seed=config.seed,
+        steps=config.steps,
+        batch=config.batch_size,
+        patch="x".join(map(str, config.patch_size)),
+        rate=config.learning_rate,
+        device=facts["device"],
+        torch=facts["versions"]["torch"],
+        commit=facts["commit"][:8],
+        scores="; ".join(means),
+        limits=VIRTUAL if entry.virtual else REAL,
+        source=entry.source,
+        licence=entry.licence,
+        citation=entry.citation,
+    )
+
+
+# --- Effective receptive fields -------------------------------------------------------------------
+
+FIELD_KEY = ["system", "fold", "seed", "steps", "weights", "cases"]
+
+
+@app.command()
+def field(
+    cases: int = 16,
+    fold: int = 0,
+    system: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+) -> None:
+    """Compute receptive fields, trained and untrained, where the runs of the grids `tom` and `ablations` were trained.
+
+    Weights are not in the repository; of a run that is not here the rows of the table stay, if they are of the same
+    fold. The field (`srlib.receptive`) is averaged over the first held-out cases, each in the middle of a patch.
+    Columns: `system`, `fold`, `seed`, `steps`, `cases`: the run, and how many cases the field is averaged over;
+    `device`; `weights`: `trained`, or `untrained`, those that the same seed begins with; `radius_95_mm`: of the ball
+    about the output voxel that holds 95 % of the field; `radius_mm`, `share`: of it in a ball of this radius.
+    """
+    order = {name: number for number, name in enumerate((*grid.TOM, *grid.ABLATIONS))}
+    file = paths.REFERENCE / grid.DATASET / "receptive_field.csv"
+    tables = []
+    for config in (*grid.configs("tom"), *grid.configs("ablations")):
+        if config.fold != fold or config.system not in (system or order):
+            continue
+        tables.append(rows_of(config, "untrained", train.build_model(config), cases))
+        if runs.is_done(config):
+            tables.append(rows_of(config, "trained", train.load_model(config), cases))
+    table = pd.concat(tables)
+    if file.is_file():
+        before = pd.read_csv(file).query("fold == @fold")
+        again = before.set_index(FIELD_KEY).index.isin(table.set_index(FIELD_KEY).index)
+        table = pd.concat([before[~again], table])
+    table = table.sort_values(
+        ["weights", "system", "seed"],
+        key=lambda column: column.map(order) if column.name == "system" else column,
+        ascending=[False, True, True],
+        kind="stable",
+    )
+    provenance.write_table(table, file)
+    kinds = table.groupby(["system", "seed"], sort=False)["weights"].nunique()
+    for name, seed in kinds.index[kinds < 2]:
+        typer.echo(f"not trained here: {name}, seed {seed}", err=True)
+
+
+def rows_of(config: RunConfig, weights: str, network: nn.Module, cases: int) -> pd.DataFrame:
+    """The field of one network within each radius."""
+    held_out = evaluate.test_cases(config)[:cases]
+    images = receptive.centred_images(config.dataset, held_out, config.patch_size)
+    spacing = data.get(config.dataset).spacing
+    network = network.to(runs.device()).eval()
+    found = receptive.effective_field(network, [image.to(runs.device()) for image in images])
+    key = {name: getattr(config, name) for name in FIELD_KEY[:4]}
+    key |= {"weights": weights, "cases": cases, "radius_95_mm": receptive.radius(found, spacing)}
+    key |= {"device": provenance.device_name()}
+    print(*key.values(), flush=True)
+    return receptive.profile(found, spacing).assign(**key)
+
+
+# --- What fits where, and what the comparisons cost -----------------------------------------------
+
+MEMORY = (4, 8, 12, 24)  # GiB
+LEFT = 0.75  # of the memory: the rest is for the CUDA context, work spaces and fragmentation
+
+
+@app.command()
+def scale() -> None:
+    """Print both tables, which stand in the documents by hand; tests/test_publish.py holds them to these."""
+    typer.echo(f"{markdown(fits())}\n\n{markdown(cost())}")
+
+
+def fits() -> pd.DataFrame:
+    """A row a system, a column a size of memory: voxels along the cube's edge in fp32 / in bf16.
+
+    The largest cube that a training step with one image takes, from `results/reference/memory/counted.csv`.
+    """
+    counted = pd.read_csv(paths.REFERENCE / "memory" / "counted.csv")
+    counted = counted[~counted["checkpointing"]]
+    columns = {}
+    for memory in MEMORY:
+        inside = counted[counted["peak"] <= LEFT * memory]
+        largest = inside.groupby(["peer", "precision"])["size"].max().unstack().reindex([*PEERS])
+        text = largest.map(lambda size: f"{size:.0f}", na_action="ignore").fillna("-")
+        columns[f"{memory} GiB"] = text["fp32"] + " / " + text["bf16"]
+    titles = [PEERS[name].title for name in columns["4 GiB"].index]
+    return pd.DataFrame(columns).set_axis(titles).rename_axis("system")
+
+
+def cost() -> pd.DataFrame:
+    """A row a grid, then all of them, each run once: runs, steps, hours.
+
+    Hours on the CPU of `results/reference/cpu/systems.csv`, and on a GPU by the fastest of each system's runs in the
+    learning-rate search, ablations by SegResMamba's. A step on volumes of the diagnostic task counts by their voxels.
+    """
+    searched = grid.runs("rates")
+    gpu = (searched["seconds"] / searched["steps"]).groupby(searched["system"]).min()
+    gpu = gpu.reindex([*grid.SYSTEMS]).fillna(gpu["segresmamba"])
+    seconds = {"CPU hours": grid.systems()["step_seconds"], "GPU hours": gpu}
+    of_default = prod(runs.config_for("default", grid.DATASET).patch_size)
+    grids = {name: grid.configs(name) for name in grid.GRIDS}
+    grids["all"] = tuple({config: None for configs in grids.values() for config in configs})
+    rows = {}
+    for name, configs in grids.items():
+        steps = pd.Series([config.steps for config in configs])
+        sizes = pd.Series([prod(config.patch_size) / of_default for config in configs])
+        systems = pd.Series([config.system for config in configs])
+        rows[name] = {"runs": len(configs), "steps": steps.sum()} | {
+            hours: (steps * sizes * systems.map(step)).sum() / 3600
+            for hours, step in seconds.items()
+        }
+    return pd.DataFrame(rows).T.rename_axis("grid")
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown: whole numbers, hours with one decimal."""
+    lines = [[table.index.name, *table.columns], ["---"] * (1 + len(table.columns))]
+    for index, row in table.iterrows():
+        cells = [v if isinstance(v, str) else f"{v:,.1f}".removesuffix(".0") for v in row]
+        lines.append([f"{index}", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    app()
