@@ -34,8 +34,8 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from srlib import provenance
-from srlib.paths import REFERENCE, atomic_path
+from srlib import provenance, tables
+from srlib.paths import REFERENCE
 
 TRAINING = (
     "from srlib import train, runs; "
@@ -71,8 +71,8 @@ def weights_and_losses(results: Path) -> dict[str, bytes]:
     (run,) = results.glob("runs/*")
     weights = load_file(run / "model.safetensors")
     found = {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
-    history = pd.read_csv(run / "history.csv").drop(columns="seconds")
-    return found | {"history": history.to_csv().encode()}
+    history = tables.read(run / "history.csv").drop(columns="seconds")
+    return found | {"history": history.to_numpy().tobytes()}
 
 
 def finished_notebooks(results: Path) -> int:
@@ -82,7 +82,7 @@ def finished_notebooks(results: Path) -> int:
     return 0
 
 
-def tables(results: Path) -> dict[str, bytes]:
+def notebook_tables(results: Path) -> dict[str, bytes]:
     """The tables of the collection."""
     return {file.name: file.read_bytes() for file in results.glob("smoke/mni152/tables/*.csv")}
 
@@ -93,7 +93,7 @@ WORKS = {
         [sys.executable, "-m", "srlib", "collection", "--profile", "smoke"]
         + [word for name in NOTEBOOKS for word in ("--only", name)],
         finished_notebooks,
-        tables,
+        notebook_tables,
     ),
 }
 
@@ -156,14 +156,13 @@ def main() -> None:
     rng, about, rows = np.random.default_rng(options.seed), provenance.describe(), []
     made_with = {"device": about["device"], "commit": about["commit"]}
     if options.out.is_file():  # what was not asked for stays
-        kept = pd.read_csv(options.out)
+        kept = tables.read(options.out)
         rows = kept[~kept["what"].isin(options.what)].to_dict("records")
     for row in chain.from_iterable(disturb(name, options.kills, rng) for name in options.what):
         print(row, flush=True)
         rows.append(row | made_with)
         table = pd.DataFrame(rows)
-        with atomic_path(options.out) as temporary:
-            table.to_csv(temporary, index=False, float_format="%.3f")
+        tables.write(table, options.out)
     ended = table[table["ended"] == "finished"]
     print(
         f"{(table['ended'] == 'killed').sum()} kills, {len(ended)} ends, {ended['same'].sum()} same"

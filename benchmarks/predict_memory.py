@@ -33,9 +33,9 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from srlib import data, provenance, runs, train
+from srlib import data, provenance, runs, tables, train
 from srlib.checkpoints import Trained, save_trained
-from srlib.paths import REFERENCE, atomic_path
+from srlib.paths import REFERENCE
 
 CLASSES, NETWORK = 14, "tiny"
 CT, BTCV = (0.7, 0.7, 1.0), (1.5, 1.5, 2.0)  # voxel sizes, mm
@@ -66,7 +66,7 @@ def write_network(path: Path, setting: Setting) -> None:
     entry = replace(data.get("btcv"), classes=names, label_values=(), spacing=setting.working)
     config = runs.RunConfig("btcv", model=NETWORK, tom=setting.tom, patch_size=setting.patch)
     weights = train.build_model(config, entry).state_dict()
-    save_trained(path, Trained(config, entry, weights))
+    save_trained(path, Trained(config, entry, weights, "random", data.Split((), ()), {}))
 
 
 def write_scan(path: Path, setting: Setting) -> None:
@@ -125,8 +125,7 @@ def main() -> None:
         rows.append(measure(setting) | made_with)
         print(rows[-1], flush=True)
         if not options.quick:
-            with atomic_path(options.out) as temporary:
-                pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.4g")
+            tables.write(pd.DataFrame(rows), options.out, digits=4)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import sys
 import pandas as pd
 from torch import nn
 
-from srlib import data, evaluate, grid, paths, provenance, receptive, runs, train
+from srlib import data, evaluate, grid, paths, provenance, receptive, runs, tables, train
 
 SYSTEMS = (*grid.TOM, *grid.ABLATIONS)
 ORDER = {system: number for number, system in enumerate(SYSTEMS)}
@@ -55,8 +55,8 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=SYSTEMS)
     options = parser.parse_args()
     file = paths.REFERENCE / grid.DATASET / "receptive_field.csv"
-    before = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=KEY)
-    tables = []
+    before = tables.read(file) if file.is_file() else pd.DataFrame(columns=KEY)
+    found = []
     for config in (*grid.configs("tom"), *grid.configs("ablations")):
         if config.fold != options.fold or config.system not in options.systems:
             continue
@@ -64,9 +64,9 @@ def main() -> None:
         if runs.is_done(config):
             networks["trained"] = train.load_model(config)
         for weights, network in networks.items():
-            tables.append(rows_of(config, weights, network, options.cases))
+            found.append(rows_of(config, weights, network, options.cases))
     known = before[before["fold"] == options.fold]
-    computed = pd.concat(tables)
+    computed = pd.concat(found)
     kept = known[~known.set_index(KEY).index.isin(computed.set_index(KEY).index)]
     table = pd.concat([kept, computed]).sort_values(
         ["weights", "system", "seed"],

@@ -14,7 +14,7 @@ from math import prod
 
 import pandas as pd
 
-from srlib import grid, paths
+from srlib import grid, paths, tables
 from srlib.baselines import PEERS
 from srlib.runs import config_for
 
@@ -24,7 +24,7 @@ LEFT = 0.75  # of the memory: the rest is for the CUDA context, work spaces and 
 
 def fits() -> pd.DataFrame:
     """A row a system, a column a size of memory: voxels along the cube's edge in fp32 / in bf16."""
-    counted = pd.read_csv(paths.REFERENCE / "memory" / "counted.csv")
+    counted = tables.read(paths.REFERENCE / "memory" / "counted.csv")
     counted = counted[~counted["checkpointing"]]
     columns = {}
     for memory in MEMORY:

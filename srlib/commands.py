@@ -144,6 +144,9 @@ def predict(
     flips: Annotated[
         bool, typer.Option("--flips", help="Average over mirrored images, where anatomy allows.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace masks that are there; never a scan.")
+    ] = False,
 ) -> None:
     """Segment scans; each mask has its scan's grid, orientation and format (DICOM: NIfTI).
 
@@ -155,13 +158,15 @@ def predict(
 
     segmenter = checked(lambda: predict.load(checkpoint))
     cases = checked(lambda: predict.find_cases(inputs, segmenter.entry.in_channels))
-    targets = checked(lambda: {name: predict.target(out, name, cases[name]) for name in cases})
+    targets = checked(lambda: predict.targets(out, cases, overwrite))
+    replaced = {path for path in targets.values() if path.exists()}
     checked(lambda: out.mkdir(parents=True, exist_ok=True))
 
     def segment(name: str) -> bool:
         try:
             mask = predict.segment(segmenter, cases[name], overlap, flips)
-            predict.write_mask(mask, cases[name][0], targets[name])
+            path = targets[name]
+            predict.write_mask(mask, cases[name][0], path, overwrite=path in replaced)
         except DataError as error:  # the others can still be segmented
             typer.echo(str(error), err=True)
             return False

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from srlib import cohort, cue
-from srlib.images import Normalisation, Window
+from srlib.images import DataError, Normalisation, Window, check_normalisation
+
+MEAN = (
+    "mean of classes"  # in tables, the mean over the classes within a case; no class has this name
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,35 @@ class Dataset:
     normalisation: tuple[Normalisation, ...] = ("scan",)  # of each modality
     label_values: tuple[tuple[int, ...], ...] = ()  # of each class, in the files; () is 1, 2, ...
     patch_size: tuple[int, int, int] | None = None  # of a training; None leaves it to the profile
+
+    def __post_init__(self) -> None:
+        """Refuse early what would fail late, or give wrong numbers.
+
+        Raises:
+            DataError: names of classes that tables or figures cannot hold, a class without a value of its own,
+                a normalisation that is not known.
+        """
+        for name, times in Counter(self.classes).items():
+            if not name.strip() or name != name.strip() or not name.isprintable() or "$" in name:
+                why = "a name of printable characters, without $, which figures take for a formula"
+            elif name == MEAN:
+                why = "another name, since tables call the mean over the classes so"
+            elif times > 1:
+                why = "one class of a name"
+            else:
+                continue
+            raise DataError(f"{self.name}: class {name!r}; expected {why}")
+        if self.label_values and len(set(self.label_values)) < len(self.classes):
+            raise DataError(
+                f"{self.name}: label values {self.label_values} of the classes {self.classes};"
+                " expected other ones for each class"
+            )
+        if len(self.normalisation) != len(self.modalities):
+            raise DataError(
+                f"{self.name}: {len(self.normalisation)} normalisations of {len(self.modalities)} channels"
+            )
+        for how in self.normalisation:
+            check_normalisation(how)
 
     @property
     def in_channels(self) -> int:
