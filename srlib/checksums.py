@@ -59,7 +59,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             entry = json.loads((file.metadata() or {})["srlib"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # cloned, since what is mapped into memory would change with the file
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         about, expected = entry["about"], entry["sha256"]
     except SafetensorError as error:
         raise BrokenFile(f"{path}: not a whole file of safetensors ({error})") from error

@@ -179,7 +179,9 @@ def gains(name: str) -> pd.DataFrame:
     cases = cases.drop_duplicates(statistics.KEYS)
     if not {"segresmamba"} < set(cases["system"]):
         raise FileNotFoundError(f"no committed runs: grid {' and '.join(lead.grids)}")
-    found = statistics.compare(cases, "segresmamba", ("dice",), (statistics.MEAN,)).set_index("system")
+    found = statistics.compare(cases, "segresmamba", ("dice",), (statistics.MEAN,)).set_index(
+        "system"
+    )
     points = {
         "here": -found["difference"],
         "low": -found["high_all"],

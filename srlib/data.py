@@ -29,6 +29,7 @@ from monai.transforms import (
 )
 from monai.transforms.utils import create_rotate, create_scale
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor
 
 from srlib import checksums, images, labels
@@ -295,6 +296,9 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         for case in self.cases:
             if not case[-1].is_file():
                 _preprocessed(*case)
+        self.checked: set[Path] = (
+            set()
+        )  # by this process; each time would take longer than a sample
         self.patch_size = tuple(patch_size)
         self.batch_size, self.steps, self.first_step = batch_size, steps, first_step
         self.seed, self.augment, self.flip_axes = seed, augment, get(name).flip_axes
@@ -318,7 +322,11 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         order = _random_state(self.seed, 0, epoch).permutation(len(self.cases))
         random = _random_state(self.seed, 1, *divmod(number, self.batch_size))
 
-        case = _preprocessed(*self.cases[order[position]])
+        place = self.cases[order[position]][-1]
+        if place not in self.checked:
+            _preprocessed(*self.cases[order[position]])
+            self.checked.add(place)
+        case = load_file(place)
         image, label = case["image"], case["label"]
         corner = _corner(label[0], self.patch_size, random)
         if self.augment and random.rand() < 0.5:

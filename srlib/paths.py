@@ -102,7 +102,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
         rights = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(rights)  # safetensors puts a file of its own here, which nobody else may read
+        temporary.chmod(
+            rights
+        )  # safetensors puts a file of its own here, which nobody else may read
         make_visible(temporary, path)
     except OSError as error:
         if error.filename is None and error.errno is not None:

@@ -30,7 +30,7 @@ from srlib import checksums
 from srlib.images import DataError, Window, read_case
 from srlib.layouts import Case, Contents, standard
 from srlib.paths import cache_dir, slug, source_hash
-from srlib.registry import Dataset, tuples
+from srlib.registry import Dataset, check_classes, tuples
 
 T = TypeVar("T")
 MEMORY = 4.0  # GiB that a training step may take unless another budget is stated
@@ -104,6 +104,7 @@ def make(folder: Path, memory: float = MEMORY, network: str = NETWORK) -> Plan:
 
 def _made(folder: Path, memory: float, network: str) -> Plan:
     contents = standard(folder)
+    check_classes(str(folder), tuple(contents.classes), tuple(contents.classes.values()))
     if len(contents.cases) < 2:
         raise DataError(f"{folder}: expected two cases or more, one to train and one to test")
     channels = len(contents.modalities) or len(contents.cases[0].images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -47,28 +48,12 @@ class Dataset:
         """Refuse early what would fail late, or give wrong numbers.
 
         Raises:
-            DataError: names of classes that tables or figures cannot hold, a class without a value of its own,
-                a normalisation that is not known.
+            ValueError: as `check_classes`; a normalisation that is not known.
         """
-        for name, times in Counter(self.classes).items():
-            if not name.strip() or name != name.strip() or not name.isprintable() or "$" in name:
-                why = "a name of printable characters, without $, which figures take for a formula"
-            elif name == MEAN:
-                why = "another name, since tables call the mean over the classes so"
-            elif times > 1:
-                why = "one class of a name"
-            else:
-                continue
-            raise DataError(f"{self.name}: class {name!r}; expected {why}")
-        if self.label_values and len(set(self.label_values)) < len(self.classes):
-            raise DataError(
-                f"{self.name}: label values {self.label_values} of the classes {self.classes};"
-                " expected other ones for each class"
-            )
+        check_classes(self.name, self.classes, self.label_values)
         if len(self.normalisation) != len(self.modalities):
-            raise DataError(
-                f"{self.name}: {len(self.normalisation)} normalisations of {len(self.modalities)} channels"
-            )
+            counts = f"{len(self.normalisation)} normalisations of {len(self.modalities)} channels"
+            raise DataError(f"{self.name}: {counts}; expected one of each")
         for how in self.normalisation:
             check_normalisation(how)
 
@@ -99,6 +84,30 @@ class Dataset:
         label = {value: k for k, value in enumerate(self.values, start=1)}
         return tuple(tuple(label[v] for v in of) for of in self.label_values) or tuple(
             (k,) for k in label.values()
+        )
+
+
+def check_classes(where: str, names: Sequence[str], values: Sequence[tuple[int, ...]]) -> None:
+    """`DataError` for classes that tables or figures cannot hold, or that cannot be told apart.
+
+    Args:
+        where: they are stated, for the message.
+        names: of the classes.
+        values: label values of each; empty for 1, 2, ...
+    """
+    for name, times in Counter(names).items():
+        if not name or name != name.strip() or not name.isprintable() or "$" in name:
+            why = "a name of printable characters, without $, which figures take for a formula"
+        elif name == MEAN:
+            why = "another name, since tables call the mean over the classes so"
+        elif times > 1:
+            why = "one class of a name"
+        else:
+            continue
+        raise DataError(f"{where}: class {name!r}; expected {why}")
+    if values and len(set(values)) < len(names):
+        raise DataError(
+            f"{where}: label values {values} of {names}; expected others for each class"
         )
 
 

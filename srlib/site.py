@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import pandas as pd
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 
