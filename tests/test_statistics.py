@@ -137,9 +137,7 @@ def test_only_cases_that_both_have_are_compared():
 
 
 def test_a_difference_in_words_is_an_interval():
-    (row,) = statistics.compare(case_tables.cases(), "segresmamba", DICE, [MEAN]).to_dict(
-        "records"
-    )
+    (row,) = statistics.compare(case_tables.cases(), "segresmamba", DICE, [MEAN]).to_dict("records")
     text = statistics.in_words(row)
     assert text.startswith("none minus segresmamba, dice, mean of classes: -0.0")
     assert f"interval over 20 cases {row['low']:+.3f} to {row['high']:+.3f}, " in text

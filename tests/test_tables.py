@@ -85,12 +85,11 @@ def test_scores_that_cannot_be_true_are_refused_by_the_file_s_name(tmp_path, cha
 
 def test_a_committed_table_is_read_by_the_same_rule(tmp_path, monkeypatch):
     monkeypatch.setattr(grid.paths, "REFERENCE", tmp_path)
-    for run in grid.planned("rates"):
-        rows = [{"case": "x", "class": "anterior", **ROW, "dice": 9.8}]
-        file = grid.table_file(run.config)
-        tables.write(pd.DataFrame(rows), file)
-    with pytest.raises(DataError, match=r"\.csv: dice of x, anterior is 9\.8"):
-        grid.cases("rates")
+    rows = [{"run": "a", "case": "x", "class": "anterior", **ROW, "dice": 9.8}]
+    tables.write(pd.DataFrame(rows), tmp_path / "hippocampus" / "runs.csv")
+    (tmp_path / "hippocampus" / "runs.jsonl").write_text('{"run": "a"}\n')
+    with pytest.raises(DataError, match=r"hippocampus/runs\.csv: dice of x, anterior is 9\.8"):
+        grid.kept("hippocampus")
 
 
 def test_every_committed_table_of_scores_can_be_true():
