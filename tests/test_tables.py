@@ -35,7 +35,7 @@ ROW |= {"volume_ref_ml": 1.0, "volume_pred_ml": 1.0}
 
 
 @example(names=ODD, values=[np.nan] * len(ODD))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     names=st.lists(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1), min_size=1),
     values=st.lists(st.floats(allow_infinity=True), min_size=20, max_size=20),
