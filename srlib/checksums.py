@@ -12,14 +12,12 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from srlib.paths import atomic_folder, atomic_path
+
+if TYPE_CHECKING:  # torch takes seconds, and the list of data sets needs no tensors
+    from torch import Tensor
 
 T = TypeVar("T")
 logger = logging.getLogger("srlib")
@@ -39,6 +37,9 @@ def save_tensors(
     Raises:
         OSError: naming `path`, also where safetensors does not.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     about = about or {}
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # One entry, since safetensors writes several in an order that changes: equal contents are equal files.
@@ -56,6 +57,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         BrokenFile: a file that is cut short or changed, or that this version of srlib did not write.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             entry = json.loads((file.metadata() or {})["srlib"])
@@ -153,6 +156,8 @@ def _of_files(folder: Path) -> dict[str, str]:
 
 
 def _of_tensors(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    import torch
+
     digest = hashlib.sha256(_of_json(about).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
