@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import boolean, float32, int64, njit, types, void
+from numba import boolean, config, float32, int64, njit, types, void
 
 from . import simd
 from .simd import LANES, broadcast, dots, exp2, fma, load, sigmoid, softplus, spread, store
@@ -55,7 +55,7 @@ class _Kernel:
     """A function that is compiled at its first use, from numba's cache when that is possible.
 
     numba looks only at the function's own file to see whether its cache is stale; the name under which it
-    is cached therefore carries a digest of the vocabulary's file.
+    is cached therefore carries a digest of the vocabulary's file, and whether NUMBA_BOUNDSCHECK is set.
     """
 
     def __init__(self, function: Callable, signature: Any) -> None:
@@ -64,7 +64,8 @@ class _Kernel:
     @functools.cached_property
     def compiled(self) -> Callable:
         digest = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()[:8]
-        self.function.__qualname__ = f"{self.function.__name__}_{digest}"
+        checked = "_checked" * bool(config.BOUNDSCHECK)
+        self.function.__qualname__ = f"{self.function.__name__}_{digest}{checked}"
         try:
             return njit(self.signature, cache=True, **_OPTIONS)(self.function)
         except RuntimeError as error:  # neither the package nor the user's cache folder is writable

@@ -33,6 +33,8 @@ def reference(
 ) -> Tensor:
     """Selective scan token by token; arguments, shapes and result as in `selective_scan`.
 
+    Here each sequence may have parameters of its own, A (B, D, N), D and delta_bias (B, D).
+
     With `dt = softplus(delta + delta_bias)`, per channel d and state n, from h = 0:
 
         h[t, d, n] = exp(dt[t, d] A[d, n]) h[t-1, d, n] + dt[t, d] B[t, n] u[t, d]
@@ -42,18 +44,19 @@ def reference(
     tokens = token_order(order, u.shape[-1], nslices).to(u.device)
     x, dt, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
     if delta_bias is not None:
-        dt = dt + delta_bias.to(dtype)[:, None]
+        dt = dt + delta_bias.to(dtype)[..., None]
     if delta_softplus:
         dt = F.softplus(dt)
-    h = x.new_zeros(*x.shape[:2], A.shape[1])  # (B, D, N)
+    h = x.new_zeros(*x.shape[:2], A.shape[-1])  # (B, D, N)
     outputs: list[Tensor] = [h] * len(tokens)
+    steps = [t.unbind(-1) for t in (dt, dt * x, B, C)]
     for t in tokens.tolist():
-        decay = torch.exp(dt[:, :, t, None] * A)
-        h = decay * h + (dt * x)[:, :, t, None] * B[:, None, :, t]
-        outputs[t] = (h * C[:, None, :, t]).sum(-1)
+        step, added, into, out = (of_token[t] for of_token in steps)
+        h = torch.exp(step[..., None] * A) * h + added[..., None] * into[:, None]
+        outputs[t] = (h * out[:, None]).sum(-1)
     y = torch.stack(outputs, dim=-1)  # (B, D, L)
     if D is not None:
-        y = y + D.to(dtype)[:, None] * x
+        y = y + D.to(dtype)[..., None] * x
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(u.dtype)

@@ -153,17 +153,38 @@ def _address(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Val
     """Where the lanes of `array[index]` begin, the first two of `args`."""
     array = context.make_array(sig.args[0])(context, builder, args[0])
     if isinstance(sig.args[1], types.Integer):
+        indices = [args[1], ir.Constant(args[1].type, 0)]
+    else:
+        indices = cgutils.unpack_tuple(builder, args[1])
+    if context.enable_boundscheck:
+        _check_bounds(context, builder, array, indices)
+    if isinstance(sig.args[1], types.Integer):
         return builder.gep(builder.bitcast(array.data, _FLOATS.as_pointer()), [args[1]])
-    indices = cgutils.unpack_tuple(builder, args[1])
     pointer = cgutils.get_item_pointer(context, builder, sig.args[0], array, indices)
     return builder.bitcast(pointer, _FLOATS.as_pointer())
+
+
+def _check_bounds(context: Any, builder: ir.IRBuilder, array: Any, indices: Sequence) -> None:
+    """Raise an IndexError unless the 16 floats from `array[indices]` on are the array's, and neighbours."""
+    neighbours = cgutils.false_bit
+    for index, size, stride in zip(
+        indices,
+        *(cgutils.unpack_tuple(builder, t) for t in (array.shape, array.strides)),
+        strict=True,
+    ):
+        cgutils.do_boundscheck(context, builder, index, size)
+        fits = builder.icmp_signed("<=", builder.add(index, index.type(LANES)), size)
+        dense = builder.icmp_signed("==", stride, stride.type(4))
+        neighbours = builder.or_(neighbours, builder.and_(fits, dense))
+    with cgutils.if_unlikely(builder, builder.not_(neighbours)):
+        context.call_conv.return_user_exc(builder, IndexError, ("lanes are out of bounds",))
 
 
 @intrinsic
 def load(typing_context, array, index):
     """A vector: row `index` of a tile (rows, 16), or what begins at an array's `index`, a tuple.
 
-    The 16 floats must be neighbours in memory; nothing checks that, or the bounds.
+    The 16 floats must be neighbours in memory; that and the bounds are checked with NUMBA_BOUNDSCHECK=1 only.
     """
 
     def codegen(context, builder, sig, args):
