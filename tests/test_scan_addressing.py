@@ -1,13 +1,20 @@
-"""Which token goes where, as integers: every length and number of slices up to 600."""
+"""Which token goes where: as integers for all lengths and numbers of slices up to 600, and in the gradients."""
 
 from __future__ import annotations
+
+import importlib.util
 
 import numpy as np
 import pytest
 
-from srlib.scan import ORDERS, backends, token_order
+from srlib.paths import ROOT
+from srlib.scan import ORDERS, backends, mixer, token_order
 
 LONGEST = 600
+_file = ROOT / "benchmarks" / "scan_checks.py"
+_spec = importlib.util.spec_from_file_location("scan_checks", _file)
+scan_checks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(scan_checks)
 
 
 def visited(order: str, length: int, slices: np.ndarray) -> np.ndarray:
@@ -72,3 +79,40 @@ def test_the_kernels_take_from_and_bring_to_every_orders_places():
         assert (copies == np.tile(by_channel, (1, 2, 1))).all()
         steps = np.take_along_axis(states[:, 0], orders, 1)
         assert (steps == numbers[:length]).all(), length
+
+
+CHUNK = 64  # of the kernels, at whose borders lengths are taken
+LENGTHS = [
+    *range(1, 21),
+    *(border + k for border in (CHUNK, 2 * CHUNK, 3 * CHUNK) for k in (-1, 0, 1)),
+    *(
+        60,
+        90,
+        4 * CHUNK,
+        414,
+        496,
+        8 * CHUNK,
+    ),  # maps of 3 x 4 x 5, ..., 8 x 8 x 8; ends that look consecutive
+]
+
+
+@pytest.mark.skipif(not backends()["cpu"].available, reason=backends()["cpu"].reason)
+@pytest.mark.parametrize("chunk_by_chunk", [False, True])
+def test_output_and_all_gradients_follow_the_definition_in_every_order(monkeypatch, chunk_by_chunk):
+    if chunk_by_chunk:
+        monkeypatch.setattr(mixer, "STRETCH", 1)
+    compared = 0
+    for length in LENGTHS:
+        channels, states = (16, 2) if chunk_by_chunk else (17, 3)
+        for operator, found in scan_checks.length_errors(length, channels, states).items():
+            assert max(map(scan_checks.largest, found)) < 2e-5, (operator, length)
+            compared += len(found)
+    assert compared > 900
+
+
+def test_a_chunk_whose_ends_alone_look_consecutive_is_among_them():
+    """With these the gradients of B and C were once wrong."""
+    for length, slices in ((64, 4), (64, 2), (414, 21), (496, 9)):
+        assert length in LENGTHS
+        tokens = token_order("inter_slice", length, slices)
+        assert any(part[-1] - part[0] == CHUNK - 1 for part in tokens.split(CHUNK))

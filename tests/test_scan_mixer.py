@@ -16,6 +16,7 @@ from srlib.scan import ORDERS, backends, mamba_mixer, mixer
 if not backends()["cpu"].available:
     pytest.skip(f"the cpu back end: {backends()['cpu'].reason}", allow_module_level=True)
 
+import numba
 from numba import njit
 
 from srlib.scan import kernels, simd
@@ -229,6 +230,30 @@ def test_dots_are_dot_products_of_rows():
     out = np.empty((1, 16), np.float32)
     run(a, b, out)
     np.testing.assert_allclose(out[0], (a[:16] * b[2:18]).sum(1), rtol=1e-6)
+
+
+def test_bounds_of_vectors_are_checked_when_asked_for(monkeypatch):
+    monkeypatch.setattr(numba.config, "BOUNDSCHECK", 1)
+
+    @njit
+    def copy_row(tile, row):
+        simd.store(tile, row, simd.load(tile, 0))
+
+    @njit
+    def copy_lanes(array, row, channel):
+        simd.store(array, (row, channel), simd.load(array, (0, 0)))
+
+    tile, array = np.zeros((4, 16), np.float32), np.zeros((4, 40), np.float32)
+    copy_row(tile, 3)
+    copy_lanes(array, 3, 24)
+    for row in (-1, 4):
+        with pytest.raises(IndexError):
+            copy_row(tile, row)
+    for row, channel in ((4, 0), (0, 25), (-1, 0), (0, -1)):
+        with pytest.raises(IndexError):
+            copy_lanes(array, row, channel)
+    with pytest.raises(IndexError, match="lanes"):
+        copy_lanes(array[:, ::2], 0, 0)  # what lies between is another array's
 
 
 def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
