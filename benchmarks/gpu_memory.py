@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from srlib import provenance
+from srlib import provenance, tables
 from srlib.baselines import PEERS
 from srlib.profiling import PUBLISHED, Workload, measure_apart
 
@@ -58,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()
     start = time.monotonic()
-    rows = pd.read_csv(options.out).to_dict("records") if options.out.exists() else []
+    rows = tables.read(options.out).to_dict("records") if options.out.exists() else []
     measured = {tuple(row[name] for name in ("setting", *KEY)) for row in rows}
     for work, setting in workloads(options.peers, options.size).items():
         if (setting, *astuple(work)) in measured:

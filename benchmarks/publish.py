@@ -16,7 +16,18 @@ import pandas as pd
 import typer
 from torch import nn
 
-from srlib import data, evaluate, grid, paths, pretrained, provenance, receptive, runs, train
+from srlib import (
+    data,
+    evaluate,
+    grid,
+    paths,
+    pretrained,
+    provenance,
+    receptive,
+    runs,
+    tables,
+    train,
+)
 from srlib.baselines import PEERS
 from srlib.checkpoints import load_trained, save_trained
 from srlib.model import FEATURES
@@ -117,16 +128,16 @@ def field(
     """
     order = {name: number for number, name in enumerate((*grid.TOM, *grid.ABLATIONS))}
     file = paths.REFERENCE / grid.DATASET / "receptive_field.csv"
-    tables = []
+    found = []
     for config in (*grid.configs("tom"), *grid.configs("ablations")):
         if config.fold != fold or config.system not in (system or order):
             continue
-        tables.append(rows_of(config, "untrained", train.build_model(config), cases))
+        found.append(rows_of(config, "untrained", train.build_model(config), cases))
         if runs.is_done(config):
-            tables.append(rows_of(config, "trained", train.load_model(config), cases))
-    table = pd.concat(tables)
+            found.append(rows_of(config, "trained", train.load_model(config), cases))
+    table = pd.concat(found)
     if file.is_file():
-        before = pd.read_csv(file).query("fold == @fold")
+        before = tables.read(file).query("fold == @fold")
         again = before.set_index(FIELD_KEY).index.isin(table.set_index(FIELD_KEY).index)
         table = pd.concat([before[~again], table])
     table = table.sort_values(
@@ -172,7 +183,7 @@ def fits() -> pd.DataFrame:
 
     The largest cube that a training step with one image takes, from `results/reference/memory/counted.csv`.
     """
-    counted = pd.read_csv(paths.REFERENCE / "memory" / "counted.csv")
+    counted = tables.read(paths.REFERENCE / "memory" / "counted.csv")
     counted = counted[~counted["checkpointing"]]
     columns = {}
     for memory in MEMORY:

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 
-from srlib import grid, paths, provenance, runs, train
+from srlib import grid, paths, provenance, runs, tables, train
 
 STEPS = 9  # of one training
 WARM_UP = 3
@@ -69,8 +69,7 @@ def main() -> None:
     table = pd.DataFrame(rows).assign(**made_with, torch=torch.__version__)
     print(table.to_string(index=False, float_format="%.5g"))
     if options.store:
-        with paths.atomic_path(paths.REFERENCE / "cpu" / "systems.csv") as file:
-            table.to_csv(file, index=False, float_format="%.5g")
+        tables.write(table, paths.REFERENCE / "cpu" / "systems.csv", digits=5)
 
 
 if __name__ == "__main__":

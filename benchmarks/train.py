@@ -23,7 +23,7 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from srlib import grid, provenance, train
+from srlib import grid, provenance, tables, train
 from srlib.evaluate import METRICS, evaluate
 from srlib.paths import REFERENCE
 
@@ -111,8 +111,8 @@ def weights_and_losses(results: Path) -> dict[str, bytes]:
     (run,) = results.glob("runs/*")
     weights = load_file(run / "model.safetensors")
     found = {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
-    history = pd.read_csv(run / "history.csv", comment="#").drop(columns="seconds")
-    return found | {"history": history.to_csv().encode()}
+    history = tables.read(run / "history.csv").drop(columns="seconds")
+    return found | {"history": history.to_numpy().tobytes()}
 
 
 def finished_notebooks(results: Path) -> int:

@@ -3,7 +3,7 @@
 | file | what it holds |
 |---|---|
 | `checkpoint.pt` | weights, optimizer and history of an unfinished run, and its configuration |
-| `model.safetensors` | trained weights; as metadata the run's configuration and its data set's entry |
+| `model.safetensors` | trained weights; as metadata what was trained, on which data and cases, and with what |
 
 Neither is ever read as a pickle, which could run code: PyTorch loads the first with `weights_only`.
 """
@@ -11,21 +11,25 @@ Neither is ever read as a pickle, which could run code: PyTorch loads the first 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from srlib import data
+from srlib import __version__, data, provenance
+from srlib.checksums import BrokenFile, load_tensors, save_tensors
 from srlib.paths import atomic_path
 from srlib.registry import tuples
 from srlib.runs import RunConfig
+
+# Types of weights: as trained, rounded as in the repository's small networks, and counters.
+WEIGHTS = (torch.float32, torch.float16, torch.int64)
+logger = logging.getLogger("srlib")
 
 
 class CheckpointError(ValueError):
@@ -39,16 +43,66 @@ class Trained(NamedTuple):
         config: what was trained.
         entry: the data set that it was trained on: channels, classes, spacing, normalisation.
         weights: the network's state dict, on the CPU.
+        fingerprint: of the data that it was trained on (`srlib.data.fingerprint`).
+        split: the cases that it was trained on, and those that were held out.
+        versions: of what it was trained with.
     """
 
     config: RunConfig
     entry: data.Dataset
     weights: dict[str, Tensor]
+    fingerprint: str
+    split: data.Split
+    versions: dict[str, str]
+
+
+def about_to_train(config: RunConfig) -> Trained:
+    """What will be known of a network that is trained here and now, without its weights."""
+    name = config.dataset
+    facts = data.fingerprint(name), data.split(name, config.fold), versions()
+    return Trained(config, data.get(name), {}, *facts)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what trained weights depend on, as they are recorded with a run."""
+    known = provenance.versions()
+    return {"srlib": __version__} | {name: known[name] for name in ("torch", "monai", "numpy")}
+
+
+def data_changes(trained: Trained) -> list[str]:
+    """How the data set, as it is now, differs from the one of a training, in words."""
+    name = trained.config.dataset
+    entry, split = data.get(name), data.split(name, trained.config.fold)
+    found = [
+        f"{field} {getattr(trained.entry, field)} then, {getattr(entry, field)} now"
+        for field in ("modalities", "classes", "label_values", "spacing", "normalisation")
+        if getattr(trained.entry, field) != getattr(entry, field)
+    ]
+    for kind, then, now in zip(("training", "held-out"), trained.split, split, strict=True):
+        for what, ids in (("new", set(now) - set(then)), ("missing", set(then) - set(now))):
+            if ids:
+                listed = ", ".join(sorted(ids)[:5]) + (", ..." if len(ids) > 5 else "")
+                found.append(f"{len(ids)} {what} {kind} cases ({listed})")
+    if (fingerprint := data.fingerprint(name)) != trained.fingerprint:
+        found.append(f"fingerprint {trained.fingerprint} then, {fingerprint} now")
+    return found
+
+
+def require_same_data(trained: Trained, file: Path) -> None:
+    """`DataError` when the data set is not as it was when the network in `file` was trained."""
+    if changes := data_changes(trained):
+        raise data.DataError(
+            f"{file}: {trained.config.dataset} is not what it was trained on: {'; '.join(changes)}"
+        )
 
 
 def save_state(path: Path, config: RunConfig, state: Mapping[str, Any]) -> None:
     """Write the state of an unfinished run; tensors and plain values only."""
-    _write(path, lambda temporary: torch.save({"config": config.to_json(), **state}, temporary))
+    with atomic_path(path) as temporary:
+        try:
+            torch.save({"config": config.to_json(), **state}, temporary)
+        except RuntimeError as error:  # which does not name a full disk as Python does
+            raise OSError(f"{path}: could not be written; is the disk full? ({error})") from error
 
 
 def load_state(path: Path, config: RunConfig) -> dict[str, Any]:
@@ -80,36 +134,46 @@ def save_trained(path: Path, trained: Trained) -> None:
     # cloned, since DynUNet has one tensor under two names, which safetensors refuses
     weights = {name: tensor.cpu().clone() for name, tensor in trained.weights.items()}
     about = {"config": asdict(trained.config), "dataset": asdict(trained.entry)}
-    # One entry, since safetensors writes several in an order that changes: equal networks are equal files.
-    metadata = {"srlib": json.dumps(about, sort_keys=True)}
-    _write(path, lambda temporary: save_file(weights, temporary, metadata=metadata))
+    facts = {"fingerprint": trained.fingerprint, "split": trained.split._asdict()}
+    save_tensors(path, weights, about | facts | {"versions": trained.versions})
 
 
 def load_trained(path: Path) -> Trained:
-    """Read a trained network: the file, or the folder of its run.
+    """Read a trained network: the file, or the folder of its run; versions that differ from those here are logged.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: a file that is cut short, of another kind, or without what prediction needs.
+        CheckpointError: a file that is cut short, changed, of another kind, or without what prediction needs;
+            weights that are no finite numbers, or of another type than trainings leave.
     """
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no trained network here: {path}")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a whole file of safetensors ({error})") from error
+        weights, metadata = load_tensors(path)
+    except BrokenFile as error:
+        raise CheckpointError(str(error)) from error
     try:
-        parts = {key: json.loads(value) for key, value in metadata.items()}
-        about = tuples(parts.get("srlib", parts))  # the latter in files of the first day
+        about = tuples(metadata)
+        facts = about["fingerprint"], data.Split(**about["split"]), about["versions"]
         config, entry = RunConfig(**about["config"]), data.Dataset(**about["dataset"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: its metadata hold no run of this version of srlib ({error})"
         ) from error
-    return Trained(config, entry, weights)
+    for name, tensor in weights.items():
+        if tensor.dtype not in WEIGHTS:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected one of {WEIGHTS}")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity; expected finite weights")
+    trained = Trained(config, entry, weights, *facts)
+    here = versions()
+    for name, then in trained.versions.items():
+        if (
+            then.partition("+")[0] != here[name].partition("+")[0]
+        ):  # the build, as +cpu, is the device's
+            logger.warning("%s: trained with %s %s, here is %s", path, name, then, here[name])
+    return trained
 
 
 def _differences(one: str, other: str) -> str:
@@ -117,12 +181,3 @@ def _differences(one: str, other: str) -> str:
     first, second = json.loads(one), json.loads(other)
     names = sorted(first.keys() | second.keys())
     return ", ".join(name for name in names if first.get(name) != second.get(name))
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file whole or not at all; torch and safetensors do not name a full disk as Python does."""
-    with atomic_path(path) as temporary:
-        try:
-            write(temporary)
-        except (RuntimeError, SafetensorError) as error:
-            raise OSError(f"{path}: could not be written; is the disk full? ({error})") from error

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
-from srlib import grid, paths, statistics
+from srlib import grid, paths, statistics, tables
 from srlib.baselines import PEERS, SMALL
 from srlib.profiling import PUBLISHED, published
 
@@ -116,7 +116,7 @@ def _parameters() -> Finding:
 
 def _as_is(file: str) -> pd.DataFrame:
     """A table's rows without levers; of counts, which are of no setting, those of the first one's size."""
-    table = pd.read_csv(paths.REFERENCE / file, comment="#")
+    table = tables.read(paths.REFERENCE / file)
     table = table[(table["precision"] == "fp32") & ~table["checkpointing"]]
     if "setting" in table:
         return table
@@ -179,7 +179,9 @@ def gains(name: str) -> pd.DataFrame:
     cases = cases.drop_duplicates(statistics.KEYS)
     if not {"segresmamba"} < set(cases["system"]):
         raise FileNotFoundError(f"no committed runs: grid {' and '.join(lead.grids)}")
-    found = statistics.compare(cases, "segresmamba", ("dice",), ("mean",)).set_index("system")
+    found = statistics.compare(cases, "segresmamba", ("dice",), (statistics.MEAN,)).set_index(
+        "system"
+    )
     points = {
         "here": -found["difference"],
         "low": -found["high_all"],

@@ -25,7 +25,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from srlib.paths import atomic_folder
+from srlib.checksums import cached_folder
 
 CLASSES = ("grey matter", "white matter")
 TEMPLATE_FILES = [f"mni_icbm152_{t}_tal_nlin_sym_09a_converted.nii.gz" for t in ("t1", "gm", "wm")]
@@ -161,13 +161,7 @@ def make_subject(number: int, recipe: Recipe) -> tuple[NDArray[np.int16], NDArra
 
 def build(folder: Path, recipe: Recipe) -> Path:
     """Write the virtual cohort to `folder` in the Medical Segmentation Decathlon's layout, once."""
-    if not folder.is_dir():
-        try:
-            with atomic_folder(folder) as partial:
-                _write(partial, recipe)
-        finally:
-            load_template.cache_clear()  # 100 MB that nobody needs any more
-    return folder
+    return cached_folder(folder, lambda partial: _write(partial, recipe))
 
 
 def _write(folder: Path, recipe: Recipe) -> None:
@@ -178,7 +172,10 @@ def _write(folder: Path, recipe: Recipe) -> None:
         "modality": {"0": "MRI"},
         "recipe": asdict(recipe),
     }
-    write_task(folder, "virtual_{:02d}", subjects, CLASSES, grid_affine(recipe), description)
+    try:
+        write_task(folder, "virtual_{:02d}", subjects, CLASSES, grid_affine(recipe), description)
+    finally:
+        load_template.cache_clear()  # 100 MB that nobody needs any more
 
 
 def write_task(

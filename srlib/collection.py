@@ -34,6 +34,7 @@ from nbformat import NotebookNode
 
 from srlib import data, paths, profiles, provenance, reference, runs, site
 
+OUTPUTS = ("figures", "tables")  # folders of what notebooks write
 PARAMETERS = ("PROFILE", "DATASET", "SEED", "INTERACTIVE")
 # Seconds that one cell may take before the run is given up as hanging.
 CELL_TIMEOUT = {"smoke": 20 * 60, "default": 3 * 3600, "full": int(paths.LONGEST_WAIT)}
@@ -72,12 +73,19 @@ class Plan:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What was written down so far about what is in that folder."""
+        """What was written down so far about what is in that folder.
+
+        Raises:
+            ValueError: a manifest that is broken, or names an output that is outside of the folder's
+                figures and tables, where what is out of date is deleted.
+        """
         file, what = self.results / "manifest.json", "a manifest of the collection"
         if file.exists():
             found = paths.read_json(file, what, profile=str, dataset=str, seed=int, notebooks=dict)
             for entry in found["notebooks"].values():
                 paths.require(file, what, entry, **ENTRY)
+                for name in entry["outputs"]:
+                    _require_inside(file, name)
             return found
         return {
             "profile": self.profile,
@@ -108,7 +116,8 @@ def plan(
         seed: of every training.
 
     Raises:
-        ValueError: an unknown profile, data set or notebook, or a notebook whose parameters cannot be filled.
+        ValueError: an unknown profile, data set or notebook, a notebook whose parameters cannot be filled, or what
+            `Plan.manifest` refuses.
         FileNotFoundError: the data set is not on this machine.
     """
     profiles.get(profile)
@@ -118,7 +127,19 @@ def plan(
     made = Plan(profile, data.get(dataset).name, chosen, seed)
     for notebook in chosen:
         parameters_for(made, notebook)
+    made.manifest  # noqa: B018 - refused now rather than after the first notebook
     return made
+
+
+def _require_inside(file: Path, name: str) -> None:
+    """`ValueError` unless a manifest's output is a file in its folder's figures or tables."""
+    results, place = file.parent.resolve(), (file.parent / str(name)).resolve()
+    folders = [(results / kind).resolve() for kind in OUTPUTS]
+    if place.parent not in folders or not place.is_relative_to(results):
+        raise ValueError(
+            f"{file}: names the output {name!r}; expected files in {' and '.join(OUTPUTS)} only,"
+            " since what is out of date is deleted"
+        )
 
 
 def find_notebooks(folder: Path = paths.NOTEBOOKS) -> list[Path]:
@@ -285,7 +306,7 @@ def execute(plan: Plan, notebook: Path) -> float:
                 f"log: {_shown(log)}\nas far as it came: {_shown(failed)}"
             ) from error
     seconds = time.perf_counter() - start
-    working.replace(plan.executed(notebook))
+    paths.make_visible(working, plan.executed(notebook))
     plan.executed(notebook, ".failed.ipynb").unlink(missing_ok=True)
     site.write_page(plan.executed(notebook))
     outputs = sorted(dict(_written(plan.results).items() - before.items()))
@@ -400,7 +421,7 @@ def _record(plan: Plan, notebook: Path, entry: dict[str, Any]) -> None:
 
 def _written(results: Path) -> dict[str, int]:
     """Every figure and table of a results folder with the time it was written."""
-    files = [*results.glob("figures/*"), *results.glob("tables/*")]
+    files = [file for kind in OUTPUTS for file in results.glob(f"{kind}/*")]
     return {file.relative_to(results).as_posix(): file.stat().st_mtime_ns for file in files}
 
 

@@ -152,6 +152,9 @@ def predict(
     flips: Annotated[
         bool, typer.Option("--flips", help="Average over mirrored images, where anatomy allows.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace masks that are there; never a scan.")
+    ] = False,
 ) -> None:
     """Segment scans; each mask has its scan's grid, orientation and format (DICOM: NIfTI).
 
@@ -162,14 +165,16 @@ def predict(
 
     segmenter = predict.load(checkpoint)
     cases = predict.find_cases(inputs, segmenter.entry.in_channels)
-    targets = {name: predict.target(out, name, cases[name]) for name in cases}
+    targets = predict.targets(out, cases, overwrite)
+    replaced = {path for path in targets.values() if path.exists()}
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name in cases:
         try:
             mask = predict.segment(segmenter, cases[name], overlap, flips)
-            predict.write_mask(mask, cases[name][0], targets[name])
-            typer.echo(targets[name])
+            path = targets[name]
+            predict.write_mask(mask, cases[name][0], path, overwrite=path in replaced)
+            typer.echo(path)
         except Exception as error:  # the others can still be segmented
             errors.tell(error, ["predict"], name)
             failed += 1

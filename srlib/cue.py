@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from srlib.checksums import cached_folder
 from srlib.cohort import write_task
-from srlib.paths import atomic_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,16 +128,17 @@ def nearest_mark(recipe: Recipe) -> float:
 
 def build(folder: Path, recipe: Recipe) -> Path:
     """Write the task to `folder` in the Medical Segmentation Decathlon's layout, once."""
-    if not folder.is_dir():
-        description = {
-            "name": f"Synthetic diagnostic task: cue at {recipe.distance} voxels",
-            "description": "Cubes in noise whose class a distant mark sets; no image of anything",
-            "modality": {"0": "synthetic"},
-            "recipe": asdict(recipe),
-        }
-        with atomic_folder(folder) as partial:
-            write_task(partial, "volume_{:03d}", _volumes(recipe), CLASSES, np.eye(4), description)
-    return folder
+    return cached_folder(folder, lambda partial: _write(partial, recipe))
+
+
+def _write(folder: Path, recipe: Recipe) -> None:
+    description = {
+        "name": f"Synthetic diagnostic task: cue at {recipe.distance} voxels",
+        "description": "Cubes in noise whose class a distant mark sets; no image of anything",
+        "modality": {"0": "synthetic"},
+        "recipe": asdict(recipe),
+    }
+    write_task(folder, "volume_{:03d}", _volumes(recipe), CLASSES, np.eye(4), description)
 
 
 def _volumes(recipe: Recipe) -> Iterator[tuple[NDArray[np.int16], NDArray[np.uint8]]]:

@@ -10,7 +10,6 @@ Arrays are (C, X, Y, Z), the axes pointing right, anterior and superior; where t
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from math import radians
 from pathlib import Path
@@ -30,10 +29,10 @@ from monai.transforms import (
 )
 from monai.transforms.utils import create_rotate, create_scale
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from srlib import images, labels
+from srlib import checksums, images, labels
 from srlib.datasets import (
     Split,
     case_ids,
@@ -47,7 +46,7 @@ from srlib.datasets import (
 )
 from srlib.images import DataError, normalise
 from srlib.layouts import Case
-from srlib.paths import atomic_path, cache_dir, slug, source_hash
+from srlib.paths import cache_dir, slug, source_hash
 from srlib.registry import REGISTRY, Dataset
 
 __all__ = [
@@ -61,6 +60,7 @@ __all__ = [
     "cases",
     "check",
     "download",
+    "file_states",
     "find",
     "fingerprint",
     "get",
@@ -83,9 +83,7 @@ def _identity(name: str, paths: Sequence[Path]) -> str:
     entry = get(name)
     parts = [f"{source_hash(CACHED_BY)} {name} {entry.classes} {entry.spacing}"]
     parts.append(f"{entry.normalisation} {entry.label_values}")
-    for path in paths:
-        state = path.stat() if path.is_file() else None
-        parts.append(f"{path} {state.st_size} {state.st_mtime_ns}" if state else f"{path} missing")
+    parts += [f"{path} {_state(path)}" for path in paths]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -93,6 +91,16 @@ def _memory(name: str, what: str) -> Path:
     """Where a fact about the data set, as its files are now, is kept."""
     paths = [path for case in cases(name) for path in case.files]
     return cache_dir("facts") / f"{slug(name)}-{what}-{_identity(name, paths)}"
+
+
+def file_states(name: str) -> dict[Path, str]:
+    """Size and time of change of every file of the data set's cases."""
+    return {path: _state(path) for case in cases(name) for path in case.files}
+
+
+def _state(path: Path) -> str:
+    state = path.stat() if path.is_file() else None
+    return f"{state.st_size} {state.st_mtime_ns}" if state else "missing"
 
 
 def check(name: str, fold: int | None = None) -> None:
@@ -108,21 +116,8 @@ def check(name: str, fold: int | None = None) -> None:
     Raises:
         DataError: one line for each fault, naming the file and what was expected.
     """
-    memory, entry = _memory(name, "checked"), get(name)
-    if not memory.exists():
-        found, faults = {}, []
-        for case in cases(name):
-            try:
-                _, label = _read(case, entry)
-                values = labels.values_in(case.label, label, labels.known_values(entry))
-                found[case.id] = [entry.values.index(value) + 1 for value in values]
-            except DataError as error:
-                faults += str(error).splitlines()
-        if faults:
-            raise DataError("\n".join([f"data set {name!r}, {len(faults)} fault(s):", *faults]))
-        with atomic_path(memory) as temporary:
-            temporary.write_text(json.dumps(found))
-    found = json.loads(memory.read_text())
+    entry = get(name)
+    found = checksums.cached_json(_memory(name, "checked"), lambda: _labels_found(name))
     ids = found if fold is None else split(name, fold).train
     seen = {label for case_id in ids for label in found[case_id]}
     absent = [c for c, of in zip(entry.classes, entry.members, strict=True) if not seen & set(of)]
@@ -131,6 +126,21 @@ def check(name: str, fold: int | None = None) -> None:
         raise DataError(
             f"data set {name!r}: no {where} has {', '.join(absent)}; expected each class"
         )
+
+
+def _labels_found(name: str) -> dict[str, list[int]]:
+    """The labels, as this library numbers them, of every case; `DataError` with a line for each fault."""
+    found, faults, entry = {}, [], get(name)
+    for case in cases(name):
+        try:
+            _, label = _read(case, entry)
+            values = labels.values_in(case.label, label, labels.known_values(entry))
+            found[case.id] = [entry.values.index(value) + 1 for value in values]
+        except DataError as error:
+            faults += str(error).splitlines()
+    if faults:
+        raise DataError("\n".join([f"data set {name!r}, {len(faults)} fault(s):", *faults]))
+    return found
 
 
 def _read(case: Case, entry: Dataset) -> tuple[list[images.Scan], images.Scan]:
@@ -142,29 +152,27 @@ def fingerprint(name: str) -> str:
     """Short hash that names the data: of the decoded arrays; of a virtual one, its recipe."""
     if get(name).virtual:
         return recipe_fingerprint(name)
-    memory = _memory(name, "fingerprint")
-    if not memory.exists():
-        digest, entry = hashlib.sha256(), get(name)
-        for case in cases(name):
-            scans, label = _read(case, entry)
-            digest.update(f"{case.id} {scans[0].array.shape}".encode())
-            parts: list[tuple[NDArray[Any], str]] = [(scan.array, "<f4") for scan in scans]
-            parts += [(labels.encode(label.array, entry), "u1"), (scans[0].affine, "<f8")]
-            for array, kind in parts:
-                digest.update(array.astype(kind).tobytes())
-        with atomic_path(memory) as temporary:
-            temporary.write_text(digest.hexdigest()[:16])
-    return memory.read_text()
+    return checksums.cached_json(_memory(name, "fingerprint"), lambda: _hash_arrays(name))
+
+
+def _hash_arrays(name: str) -> str:
+    digest, entry = hashlib.sha256(), get(name)
+    for case in cases(name):
+        scans, label = _read(case, entry)
+        digest.update(f"{case.id} {scans[0].array.shape}".encode())
+        parts: list[tuple[NDArray[Any], str]] = [(scan.array, "<f4") for scan in scans]
+        parts += [(labels.encode(label.array, entry), "u1"), (scans[0].affine, "<f8")]
+        for array, kind in parts:
+            digest.update(array.astype(kind).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def summary(name: str) -> pd.DataFrame:
     """One row a case: voxels and voxel size (mm) along each axis, intensities (of the first channel), volumes (ml)."""
-    memory = _memory(name, "summary")
-    if not memory.exists():
-        with atomic_path(memory) as temporary:
-            rows = [_row(case, get(name)) for case in cases(name)]
-            pd.DataFrame(rows).to_csv(temporary, index=False)
-    return pd.read_csv(memory, dtype={"case": str})  # "000" is a name
+    rows = checksums.cached_json(
+        _memory(name, "summary"), lambda: [_row(case, get(name)) for case in cases(name)]
+    )
+    return pd.DataFrame(rows)
 
 
 def _row(case: Case, entry: Dataset) -> dict[str, object]:
@@ -174,33 +182,46 @@ def _row(case: Case, entry: Dataset) -> dict[str, object]:
     size = nib.affines.voxel_sizes(affine)
     row: dict[str, object] = {"case": case.id}
     row |= {f"voxels_{axis}": n for axis, n in zip("xyz", image.shape, strict=True)}
-    row |= {f"spacing_{axis}_mm": s for axis, s in zip("xyz", size, strict=True)}
-    row |= {"intensity_min": image.min(), "intensity_max": image.max()}
+    row |= {f"spacing_{axis}_mm": float(s) for axis, s in zip("xyz", size, strict=True)}
+    row |= {"intensity_min": float(image.min()), "intensity_max": float(image.max())}
     for of_class, mask in zip(entry.classes, masks, strict=True):
-        row[f"{of_class} (ml)"] = int(mask.sum()) * size.prod() / 1000
+        row[f"{of_class} (ml)"] = int(mask.sum()) * float(size.prod()) / 1000
     return row
 
 
 # --- The deterministic part, once a case --------------------------------------------------------
 
 
-def _preprocessed(name: str, case: Case) -> Path:
-    """The file of a preprocessed case: safetensors, which can be read without running code."""
+def _place(name: str, case: Case) -> Path:
+    """Where a case is kept as it was preprocessed: safetensors, which can be read without running code."""
     folder = cache_dir("cases", slug(name))
-    path = folder / f"{case.id}-{_identity(name, case.files)}.safetensors"
-    if path.exists():
-        return path
-    entry = get(name)
+    return folder / f"{case.id}-{_identity(name, case.files)}.safetensors"
+
+
+def _preprocessed(name: str, case: Case, place: Path) -> dict[str, Tensor]:
+    """The preprocessed case from its place, put there first where it is missing or broken.
+
+    Raises:
+        DataError: a file of the case is not the one any more that the place was named for.
+    """
+
+    def make() -> dict[str, Tensor]:
+        if place != _place(name, case):
+            raise DataError(f"{case.image}: it or its label has changed since this process began")
+        return _prepare(case, get(name))
+
+    tensors, _ = checksums.cached(place, make, checksums.save_tensors, checksums.load_tensors)
+    return tensors
+
+
+def _prepare(case: Case, entry: Dataset) -> dict[str, Tensor]:
     scans, label = _read(case, entry)
     image, affine = images.prepare(scans, entry.spacing, entry.normalisation)
-    tensors = {
+    return {
         "image": image,  # (C, X, Y, Z)
         "label": _label_map(images.regrid(label, entry.spacing, labels=True), entry),
         "affine": torch.from_numpy(affine),  # (4, 4)
     }
-    with atomic_path(path) as temporary:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
-    return path
 
 
 def _label_map(label: images.Scan, entry: Dataset) -> Tensor:
@@ -217,7 +238,7 @@ def load_case(name: str, case_id: str) -> dict[str, Any]:
     """
     for case in cases(name):
         if case.id == case_id:
-            tensors = load_file(_preprocessed(name, case))
+            tensors = _preprocessed(name, case, _place(name, case))
             spacing = tuple(map(float, nib.affines.voxel_sizes(tensors["affine"].numpy())))
             label = tensors["label"].long()
             return {**tensors, "label": label, "spacing": spacing, "id": case_id}
@@ -271,7 +292,13 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         known = {case.id: case for case in cases(name)}
         if unknown := [i for i in case_ids if i not in known]:
             raise ValueError(f"data set {name!r} has no case {', '.join(unknown[:5])}")
-        self.files = [_preprocessed(name, known[i]) for i in case_ids]
+        self.cases = [(name, known[i], _place(name, known[i])) for i in case_ids]
+        for case in self.cases:
+            if not case[-1].is_file():
+                _preprocessed(*case)
+        self.checked: set[Path] = (
+            set()
+        )  # by this process; each time would take longer than a sample
         self.patch_size = tuple(patch_size)
         self.batch_size, self.steps, self.first_step = batch_size, steps, first_step
         self.seed, self.augment, self.flip_axes = seed, augment, get(name).flip_axes
@@ -291,11 +318,15 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         if not 0 <= item < len(self):
             raise IndexError(f"item {item} of {len(self)}")
         number = self.first_step * self.batch_size + item
-        epoch, position = divmod(number, len(self.files))
-        order = _random_state(self.seed, 0, epoch).permutation(len(self.files))
+        epoch, position = divmod(number, len(self.cases))
+        order = _random_state(self.seed, 0, epoch).permutation(len(self.cases))
         random = _random_state(self.seed, 1, *divmod(number, self.batch_size))
 
-        case = load_file(self.files[order[position]])
+        place = self.cases[order[position]][-1]
+        if place not in self.checked:
+            _preprocessed(*self.cases[order[position]])
+            self.checked.add(place)
+        case = load_file(place)
         image, label = case["image"], case["label"]
         corner = _corner(label[0], self.patch_size, random)
         if self.augment and random.rand() < 0.5:

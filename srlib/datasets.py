@@ -20,7 +20,7 @@ from typing import NamedTuple
 from srlib import cohort, cue, plans
 from srlib.images import DataError
 from srlib.layouts import LAYOUTS, Case
-from srlib.paths import cache_dir, data_roots, source_hash
+from srlib.paths import cache_dir, data_roots, make_visible, source_hash
 from srlib.registry import REGISTRY, Dataset
 
 FOLDS = 5
@@ -165,7 +165,7 @@ def download(name: str) -> Path:
             download_url(url, archive, hash_val=DecathlonDataset.md5[folder], hash_type="md5")
             _refuse_unsafe_members(archive, partial)
             extractall(archive, partial)
-            Path(partial, folder).rename(target)
+            make_visible(Path(partial, folder), target)
         except (OSError, ValueError, RuntimeError, tarfile.TarError) as error:
             raise DataError(f"{url}: {type(error).__name__}: {error}") from error
         finally:

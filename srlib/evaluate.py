@@ -16,7 +16,6 @@ HD95 the diagonal of the image.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -38,12 +37,14 @@ from monai.metrics.utils import get_mask_edges, get_surface_distance
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from srlib import data
-from srlib.checkpoints import load_trained
+from srlib import data, tables
+from srlib.checkpoints import load_trained, require_same_data
+from srlib.checksums import cached_json, save_json
 from srlib.labels import class_masks
 from srlib.paths import atomic_path, source_hash
+from srlib.registry import MEAN
 from srlib.runs import SOURCES, RunConfig, run_dir, run_id
-from srlib.train import load_model, restore
+from srlib.train import restore
 from srlib.windows import scores_by_slab
 
 METRICS = ("dice", "nsd", "hd95")
@@ -65,21 +66,26 @@ def evaluate(
 
     Returns:
         Columns `case`, `class`, `dice`, `nsd`, `hd95` (mm), `sensitivity`, `volume_ref_ml`, `volume_pred_ml`.
+
+    Raises:
+        srlib.data.DataError: the data set, its classes or the held-out cases are not those of the training.
     """
     network = checkpoint or run_dir(config) / "model.safetensors"
     kept = network.parent
-    dataset = data.get(config.dataset)
-    cases = test_cases(config)
+    trained, dataset = load_trained(network), data.get(config.dataset)
+    require_same_data(trained, network)
+    cases = list(trained.split.test[: config.test_cases])
     made_with: dict[str, Any] = {"sources": source_hash((*SOURCES, "evaluate.py", "windows.py"))}
     made_with |= {"network": hashlib.sha256(network.read_bytes()).hexdigest(), "cases": cases}
-    made_with["data"] = data.fingerprint(config.dataset)
+    made_with["data"] = trained.fingerprint
     scores_file, table_file = kept / "evaluation.json", kept / "metrics.csv"
-    found = json.loads(scores_file.read_text()) if scores_file.is_file() else {}
-    rows: list[dict] = found["rows"] if found.get("made_with") == made_with else []
+    nothing = {"made_with": made_with, "rows": []}
+    found = cached_json(scores_file, lambda: nothing)
+    rows: list[dict] = found["rows"] if found["made_with"] == made_with else []
     missing = [case_id for case_id in cases if case_id not in {row["case"] for row in rows}]
 
     if missing:
-        model = restore(load_trained(checkpoint)) if checkpoint else load_model(config)
+        model = restore(trained, network)
     for case_id in tqdm(
         missing,
         desc="evaluation",
@@ -96,12 +102,11 @@ def evaluate(
             dataset.nsd_tolerance,
             dataset.members,
         )
+        require_same_data(trained, network)  # also now that the case has been read
         rows += [{"case": case_id, **row} for row in scores]
-        with atomic_path(scores_file) as temporary:
-            temporary.write_text(json.dumps({"made_with": made_with, "rows": rows}))
-    with atomic_path(table_file) as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
-    return pd.read_csv(table_file, dtype={"case": str})  # rounded as whoever reads the file has it
+        save_json(scores_file, {"made_with": made_with, "rows": rows})
+    tables.write(pd.DataFrame(rows), table_file, digits=None)
+    return tables.read_scores(table_file)
 
 
 def test_cases(config: RunConfig) -> list[str]:
@@ -192,9 +197,9 @@ def score(
 def summarise(table: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.DataFrame:
     """Spread over cases, one row a class and metric: n, mean, sd, median, min, max.
 
-    The class `mean` is the mean over classes within each case, then summarised over cases.
+    The class `MEAN` is the mean over classes within each case, then summarised over cases.
     """
-    per_case = table.groupby("case", sort=False)[list(metrics)].mean().assign(**{"class": "mean"})
+    per_case = table.groupby("case", sort=False)[list(metrics)].mean().assign(**{"class": MEAN})
     long = pd.concat([table, per_case.reset_index()]).melt("class", list(metrics), "metric")
     spread = long.groupby(["class", "metric"], sort=False)["value"]
     return spread.agg(["count", "mean", "std", "median", "min", "max"]).reset_index()

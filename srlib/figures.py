@@ -269,8 +269,8 @@ def interval_rows(cases: pd.DataFrame) -> Figure:
         cases: runs of one budget, at least one.
     """
     metrics = list(METRIC_LABELS)
-    table = statistics.summary(cases, metrics).query("`class` == 'mean'")
-    trainings = statistics.run_means(cases, metrics).query("`class` == 'mean'")
+    table = statistics.summary(cases, metrics).query("`class` == @statistics.MEAN")
+    trainings = statistics.run_means(cases, metrics).query("`class` == @statistics.MEAN")
     best_first = table[table["metric"] == "dice"].sort_values("mean", ascending=False)
     places = {system: row for row, system in enumerate(best_first["system"])}
     figure, axes = subplots(1, len(metrics), height=0.3 * len(places) + 1.4, sharey=True)
@@ -299,9 +299,9 @@ def paired_rows(cases: pd.DataFrame, reference: str) -> Figure:
         cases: runs of one budget, of the reference and of at least one other system.
         reference: the system that is subtracted.
     """
-    table = statistics.compare(cases, reference, ["dice"], ["mean"])
+    table = statistics.compare(cases, reference, ["dice"], [statistics.MEAN])
     table = table.sort_values("difference", ascending=False, ignore_index=True)
-    points = statistics.differences(cases, reference, ["dice"]).query("`class` == 'mean'")
+    points = statistics.differences(cases, reference, ["dice"]).query("`class` == @statistics.MEAN")
     figure, axis = subplots(height=0.55 * len(table) + 1.5)
     ends = table[["low", "high", "low_all", "high_all", "detectable"]].to_numpy().ravel()
     bounds = [*ends, *-table["detectable"], *np.percentile(points["difference"], (2, 98))]
@@ -355,7 +355,7 @@ def dice_over_minutes(cases: pd.DataFrame, panels: Mapping[str, Collection[str]]
     rows = pd.concat(
         statistics.summary(runs, ["dice"]).assign(minutes=minutes)
         for minutes, runs in cases.groupby("minutes")
-    ).query("`class` == 'mean'")
+    ).query("`class` == @statistics.MEAN")
     titles, ticks = _titles(cases), sorted(rows["minutes"].unique())
     figure, axes = subplots(1, len(panels), height=4.4, sharey=True, squeeze=False)
     for axis, (title, systems) in zip(axes[0], panels.items(), strict=True):

@@ -52,7 +52,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from srlib import cue, paths, provenance
+from srlib import cue, paths, provenance, tables
 from srlib.baselines import SMALL
 from srlib.evaluate import evaluate
 from srlib.runs import SOURCES, RunConfig, config_for, run_dir
@@ -218,7 +218,7 @@ def steps_in(system: str, minutes: float) -> int:
 
 def systems() -> pd.DataFrame:
     """Parameters, MACs and measured seconds a step of each system, by its key."""
-    return pd.read_csv(paths.REFERENCE / "cpu" / "systems.csv", index_col="system")
+    return tables.read(paths.REFERENCE / "cpu" / "systems.csv").set_index("system")
 
 
 def learning_rates() -> dict[str, float]:
@@ -272,10 +272,10 @@ RECORDS = "the records of finished runs"
 
 
 @lru_cache(maxsize=32)
-def _read(records: Path, tables: Path, _state: tuple) -> Kept:
+def _read(records: Path, scores: Path, _state: tuple) -> Kept:
     """What two files hold in this state; the records first, since they are written last."""
     lines = paths.read_json_lines(records, RECORDS, run=str)
-    cases = pd.read_csv(tables, dtype={"case": str})
+    cases = tables.read_scores(scores)
     by_run = {str(name): rows for name, rows in cases.groupby("run", sort=False)}
     return Kept({line["run"]: line for line in lines}, by_run)
 

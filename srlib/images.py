@@ -313,6 +313,7 @@ def normalise(image: NDArray[Any], how: Normalisation = "scan") -> NDArray[np.fl
 
     numpy in float64, since the result must not depend on the number of threads.
     """
+    check_normalisation(how)
     if not isinstance(how, str):
         low, high, mean, deviation = how
         clipped = np.clip(np.asarray(image, np.float32), low, high)
@@ -326,6 +327,17 @@ def normalise(image: NDArray[Any], how: Normalisation = "scan") -> NDArray[np.fl
         return scores
     low, high = np.percentile(image, (0.5, 99.5))
     return _z_scores(np.clip(np.asarray(image, np.float64), low, high)).astype(np.float32)
+
+
+def check_normalisation(how: Normalisation) -> None:
+    """`ValueError` for another normalisation than `normalise` knows."""
+    if isinstance(how, str) and how in ("scan", "nonzero"):
+        return
+    if not isinstance(how, str) and len(how) == 4 and np.isfinite(how).all() and how[3] > 0:
+        return
+    raise ValueError(
+        f"unknown normalisation {how!r}; expected 'scan', 'nonzero' or low, high, mean and deviation"
+    )
 
 
 def _z_scores(values: NDArray[np.float64]) -> NDArray[np.float64]:

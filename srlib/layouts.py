@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from glob import escape
 from itertools import pairwise
@@ -122,12 +122,20 @@ LAYOUTS = {
 
 def _stated(index: Path) -> dict[str, Any]:
     try:
-        stated = json.loads(index.read_text(encoding="utf-8"))
+        stated = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
     except ValueError as error:
         raise DataError(f"{index}: expected JSON: {error}") from error
     if not isinstance(stated, dict):
         raise DataError(f"{index}: expected an object with 'labels' and more")
     return stated
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that comes twice, as of two classes, Python alone would keep the last."""
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"{name!r} comes {times} times")
+    return dict(pairs)
 
 
 def _meaning(stated: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
@@ -140,6 +148,8 @@ def _meaning(stated: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, tuple[i
             name, values = values, int(name)
         if name == "ignore":
             raise ValueError("the label 'ignore' is not supported")
+        if name in classes:
+            raise ValueError(f"two classes of the name {name!r}")
         classes[name] = tuple(values) if isinstance(values, list) else (int(values),)
     return modalities, {name: values for name, values in classes.items() if values != (0,)}
 

@@ -15,9 +15,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,9 +129,10 @@ def require(file: Path, what: str, found: Any, **expected: type) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
 
-    A reader sees the old file or the new one, never half of one; on an error the temporary file is
-    removed and the old file stays. The temporary name keeps the suffixes, for writers that look at it; of a
-    long name only its beginning, since systems allow 255 bytes.
+    A reader sees the old file or the new one, never half of one, also after a loss of power; on an error the
+    temporary file is removed and the old file stays. Its rights are those that the umask leaves. The temporary
+    name keeps the suffixes, for writers that look at it; of a long name only its beginning, since systems allow
+    255 bytes.
 
     Raises:
         OSError: naming `path`, also where the system names no file, as on a full disk.
@@ -139,13 +140,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = "".join(part for part in path.suffixes[-2:] if len(part) <= len(".safetensors"))
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:20]}-", suffix=suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem[:20]}-{secrets.token_hex(4)}{suffix}")
     try:
+        temporary.touch(exist_ok=False)
+        rights = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        temporary.chmod(rights)  # safetensors leaves a file that only its owner may read
+        make_visible(temporary, path)
     except OSError as error:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
@@ -163,6 +164,24 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def make_visible(finished: Path, path: Path) -> None:
+    """Rename a finished file or folder to its place; a loss of power leaves it there whole or not at all."""
+    for file in finished.rglob("*") if finished.is_dir() else ():
+        _sync(file)
+    _sync(finished)
+    finished.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove what `atomic_path` left in a folder when its process was killed; for the one that holds the lock."""
     for file in folder.glob(".*-????????.*"):
@@ -177,12 +196,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     once one wins, and both find the same folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    partial = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    partial.mkdir()
     try:
         yield partial
-        partial.chmod(0o755)
         try:
-            partial.rename(folder)
+            make_visible(partial, folder)
         except OSError:
             if not folder.is_dir():  # nobody else finished it either
                 raise

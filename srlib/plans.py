@@ -15,7 +15,6 @@ It is kept in the cache until a file of the folder or the code that makes it cha
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -27,10 +26,11 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import io_orientation
 from numpy.typing import NDArray
 
+from srlib import checksums
 from srlib.images import DataError, Window, read_case
 from srlib.layouts import Case, Contents, standard
-from srlib.paths import atomic_path, cache_dir, slug, source_hash
-from srlib.registry import Dataset, tuples
+from srlib.paths import cache_dir, slug, source_hash
+from srlib.registry import Dataset, check_classes, tuples
 
 T = TypeVar("T")
 MEMORY = 4.0  # GiB that a training step may take unless another budget is stated
@@ -81,9 +81,7 @@ def changed(folder: Path) -> tuple[int, ...]:
 def _loaded(folder: Path, _changed: tuple[int, ...]) -> Plan:
     contents = standard(folder)
     file = _file(folder, contents)
-    if not file.is_file():
-        make(folder)
-    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept = checksums.cached_json(file, lambda: asdict(_made(folder, MEMORY, NETWORK)))
     return Plan(Dataset(**tuples(kept["entry"])), tuple(kept["summary"]))
 
 
@@ -98,7 +96,15 @@ def make(folder: Path, memory: float = MEMORY, network: str = NETWORK) -> Plan:
     Raises:
         DataError: one line for each fault of a case; fewer than two cases; a class that none has.
     """
+    plan = _made(folder, memory, network)
+    checksums.save_json(_file(folder, standard(folder)), asdict(plan))
+    _loaded.cache_clear()
+    return plan
+
+
+def _made(folder: Path, memory: float, network: str) -> Plan:
     contents = standard(folder)
+    check_classes(str(folder), tuple(contents.classes), tuple(contents.classes.values()))
     if len(contents.cases) < 2:
         raise DataError(f"{folder}: expected two cases or more, one to train and one to test")
     channels = len(contents.modalities) or len(contents.cases[0].images)
@@ -111,11 +117,7 @@ def make(folder: Path, memory: float = MEMORY, network: str = NETWORK) -> Plan:
             faults += str(error).splitlines()
     if faults:
         raise DataError("\n".join([f"{folder}, {len(faults)} fault(s):", *faults]))
-    plan = _plan(folder, contents, measured, memory, network)
-    with atomic_path(_file(folder, contents)) as temporary:
-        temporary.write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
-    _loaded.cache_clear()
-    return plan
+    return _plan(folder, contents, measured, memory, network)
 
 
 def _measure(case: Case, channels: int, known: dict[int, str] | None) -> Measured:

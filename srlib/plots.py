@@ -17,7 +17,7 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from srlib import data, provenance, runs
+from srlib import data, provenance, runs, tables
 from srlib.figures import *  # noqa: F403
 from srlib.figures import GREY
 from srlib.paths import atomic_path, results_dir
@@ -74,7 +74,7 @@ class Record:
         foot = (0.05 + 0.15 * len(lines)) * inch
         figure.set_layout_engine("constrained", rect=(0, foot, 1, 1 - foot))
         for up, line in enumerate(reversed(lines)):
-            figure.text(0.01, (0.05 + 0.15 * up) * inch, line, size=8, color=GREY)
+            figure.text(0.01, (0.05 + 0.15 * up) * inch, line, size=8, color=GREY, parse_math=False)
         folder = results_dir(self.profile, self.dataset, self.seed) / "figures"
         about = {"Title": name, "Description": alt}
         with atomic_path(folder / f"{name}.png") as path:
@@ -99,10 +99,7 @@ class Record:
             html: displayed instead of the plain form.
         """
         folder = results_dir(self.profile, self.dataset, self.seed) / "tables"
-        path = folder / f"{name}.csv"
-        body = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-        with atomic_path(path) as temporary:
-            temporary.write_text(f"# {self.stamp()}\n{body}", encoding="utf-8")
+        tables.write(table, folder / f"{name}.csv", self.stamp())
         decimals = f"{{:,.{digits}f}}".format
         html = html or table.to_html(index=False, border=0, float_format=decimals)
         text = table.to_string(index=False, float_format=decimals)

@@ -9,9 +9,10 @@ scores go from one to the other axis by axis, as soon as a slab of them is compl
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +54,7 @@ class Segmenter(NamedTuple):
 def load(checkpoint: Path) -> Segmenter:
     """The trained network of a file `model.safetensors`, or of the folder of its run, on this machine's device."""
     trained = load_trained(checkpoint)
-    return Segmenter(restore(trained), trained.entry, trained.config.patch_size)
+    return Segmenter(restore(trained, checkpoint), trained.entry, trained.config.patch_size)
 
 
 # --- What is to be segmented ----------------------------------------------------------------------
@@ -108,9 +109,11 @@ def target(out: Path, name: str, files: Sequence[Path]) -> Path:
     """Where the mask of a case goes: NRRD and MetaImage keep their format, all others give NIfTI.
 
     Raises:
-        srlib.data.DataError: the mask would lie among the scans, or where a data set has their labels.
+        srlib.data.DataError: the mask would lie among the scans, or where a data set has their labels, also by way
+            of a link; it would be one of the scans' files.
     """
-    folders = {(file if file.is_dir() else file.parent).resolve() for file in files}
+    places = [place for file in files for place in (file, file.resolve())]
+    folders = {(place if place.is_dir() else place.parent).resolve() for place in places}
     folders |= {f.parent / f.name.replace("images", "labels") for f in folders}
     if out.is_dir() and out.resolve() in folders:
         raise data.DataError(f"{out}: holds the scans or their labels; choose another folder")
@@ -118,7 +121,33 @@ def target(out: Path, name: str, files: Sequence[Path]) -> Path:
     suffix = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}.get(
         suffix, ".nii.gz"
     )
-    return out / (name + suffix)
+    path = out / (name + suffix)
+    if path.exists() and any(
+        path.samefile(file) for file in files
+    ):  # a link, or another case of its name
+        raise data.DataError(f"{path}: is the scan itself; choose another folder")
+    return path
+
+
+def targets(
+    out: Path, cases: Mapping[str, Sequence[Path]], overwrite: bool = False
+) -> dict[str, Path]:
+    """Where the mask of each case goes, as `target` says.
+
+    Args:
+        out: folder.
+        cases: as `find_cases` gives them.
+        overwrite: masks that are there may be replaced.
+
+    Raises:
+        srlib.data.DataError: as `target`; a file that is there, unless it may be replaced.
+    """
+    found = {name: target(out, name, files) for name, files in cases.items()}
+    there = [str(path) for path in found.values() if os.path.lexists(path)]
+    if there and not overwrite:
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise data.DataError(f"{there[0]}{more}: is there already; --overwrite replaces it")
+    return found
 
 
 # --- Segmenting -----------------------------------------------------------------------------------
@@ -261,8 +290,14 @@ def interpolate(scores: Tensor, axis: int, positions: Tensor) -> Tensor:
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def write_mask(mask: Mask, like: Path, path: Path) -> None:
-    """Write a label map with the grid of the scan `like`, in the format that `path` ends with."""
+def write_mask(mask: Mask, like: Path, path: Path, overwrite: bool = False) -> None:
+    """Write a label map with the grid of the scan `like`, in the format that `path` ends with.
+
+    Raises:
+        FileExistsError: there is such a file, perhaps only since the case was begun, and it may not be replaced.
+    """
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"{path}: is there already; --overwrite replaces it")
     with atomic_path(path) as temporary:
         if not path.name.endswith(images.NIFTI):
             sitk.WriteImage(_itk_mask(mask, like), str(temporary), useCompression=True)

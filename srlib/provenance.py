@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from srlib import tables
 from srlib.paths import ROOT, atomic_path
 from srlib.runs import device
 
@@ -86,7 +87,6 @@ def describe() -> dict[str, Any]:
 
 def write_table(table: pd.DataFrame, file: Path) -> None:
     """Write a benchmark's table as CSV and, beside it as JSON, what it was made with."""
-    with atomic_path(file) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
+    tables.write(table, file)
     with atomic_path(file.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(describe(), indent=1) + "\n")

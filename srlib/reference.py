@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from srlib import tables
 from srlib.paths import REFERENCE, atomic_folder, read_json, results_dir, slug
 
 # Columns that a machine's speed or load decides are not compared.
@@ -77,7 +78,7 @@ def _compare_table(computed: Path, stored: Path) -> list[tuple]:
     for file, where in ((computed, "this run"), (stored, "the reference")):
         if not file.is_file():
             return [(name, 0, f"table missing in {where}", np.nan, np.nan, 0.0, False)]
-    table, reference = (pd.read_csv(file, comment="#") for file in (computed, stored))
+    table, reference = (tables.read(file) for file in (computed, stored))
     if len(table) != len(reference) or [*table] != [*reference]:
         return [(name, 0, "other rows or columns", np.nan, np.nan, 0.0, False)]
     rows = []

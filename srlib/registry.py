@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from srlib import cohort, cue
-from srlib.images import Normalisation, Window
+from srlib.images import DataError, Normalisation, Window, check_normalisation
+
+MEAN = (
+    "mean of classes"  # in tables, the mean over the classes within a case; no class has this name
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,19 @@ class Dataset:
     label_values: tuple[tuple[int, ...], ...] = ()  # of each class, in the files; () is 1, 2, ...
     patch_size: tuple[int, int, int] | None = None  # of a training; None leaves it to the profile
 
+    def __post_init__(self) -> None:
+        """Refuse early what would fail late, or give wrong numbers.
+
+        Raises:
+            ValueError: as `check_classes`; a normalisation that is not known.
+        """
+        check_classes(self.name, self.classes, self.label_values)
+        if len(self.normalisation) != len(self.modalities):
+            counts = f"{len(self.normalisation)} normalisations of {len(self.modalities)} channels"
+            raise DataError(f"{self.name}: {counts}; expected one of each")
+        for how in self.normalisation:
+            check_normalisation(how)
+
     @property
     def in_channels(self) -> int:
         """Input channels of a network for it: one a modality."""
@@ -65,6 +84,30 @@ class Dataset:
         label = {value: k for k, value in enumerate(self.values, start=1)}
         return tuple(tuple(label[v] for v in of) for of in self.label_values) or tuple(
             (k,) for k in label.values()
+        )
+
+
+def check_classes(where: str, names: Sequence[str], values: Sequence[tuple[int, ...]]) -> None:
+    """`DataError` for classes that tables or figures cannot hold, or that cannot be told apart.
+
+    Args:
+        where: they are stated, for the message.
+        names: of the classes.
+        values: label values of each; empty for 1, 2, ...
+    """
+    for name, times in Counter(names).items():
+        if not name or name != name.strip() or not name.isprintable() or "$" in name:
+            why = "a name of printable characters, without $, which figures take for a formula"
+        elif name == MEAN:
+            why = "another name, since tables call the mean over the classes so"
+        elif times > 1:
+            why = "one class of a name"
+        else:
+            continue
+        raise DataError(f"{where}: class {name!r}; expected {why}")
+    if values and len(set(values)) < len(names):
+        raise DataError(
+            f"{where}: label values {values} of {names}; expected others for each class"
         )
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import pandas as pd
 from jinja2 import Environment, PackageLoader
 from nbformat import NotebookNode
 from PIL import Image
 
-from srlib import data
+from srlib import data, tables
 from srlib.paths import atomic_path
 
 # JupyterLab's look without what nbconvert would load from the network: no notebook has formulas in TeX, widgets or
@@ -120,7 +119,7 @@ def write_index(results: Path, manifest: Mapping[str, Any]) -> Path:
             seed=manifest["seed"],
             virtual=data.get(manifest["dataset"]).virtual,
             time=duration(sum(entry["seconds"] for entry in done.values())),
-            claims=pd.read_csv(claims, comment="#").to_dict("records") if claims.is_file() else [],
+            claims=tables.read(claims).to_dict("records") if claims.is_file() else [],
             notebooks=[_describe(results, name, done[name]) for name in sorted(done)],
         )
     )

@@ -6,7 +6,7 @@ implementations). Aggregation follows Metrics Reloaded (Maier-Hein et al. 2024),
 
 1. a metric belongs to one case and class; where a structure is empty it has a documented value, so that no case
    falls out;
-2. class `mean`: over the classes within a case;
+2. class `MEAN`: over the classes within a case;
 3. over the seeds within a case, for trainings of one system differ, but are no further cases;
 4. over the cases. Those of several folds are pooled: each case is held out once.
 
@@ -42,6 +42,7 @@ from statsmodels.stats.multitest import multipletests  # type: ignore[import-unt
 from statsmodels.stats.power import TTestPower  # type: ignore[import-untyped]
 
 from srlib.evaluate import METRICS
+from srlib.registry import MEAN
 
 LEVEL, POWER = 0.95, 0.8
 RESAMPLES = 9999
@@ -53,7 +54,7 @@ def case_values(cases: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.Dat
     """One value for each system, class, metric and case: the mean over its seeds.
 
     Returns:
-        Columns `system`, `class`, `metric`, `case`, `value`; the class `mean` comes after the others.
+        Columns `system`, `class`, `metric`, `case`, `value`; the class `MEAN` comes after the others.
     """
     long = _long(cases, metrics)
     return long.groupby([*UNIT, "case"], sort=False)["value"].mean().reset_index()
@@ -123,7 +124,7 @@ def compare(
         cases: runs of one budget, equal steps or equal minutes.
         reference: the system that is subtracted.
         metrics: those compared.
-        classes: those compared (`mean` is one); `None` is all. Systems, metrics and classes make the family of
+        classes: those compared (`MEAN` is one); `None` is all. Systems, metrics and classes make the family of
             Holm's correction, so ask for those only that the question is about.
 
     Returns:
@@ -132,6 +133,8 @@ def compare(
     """
     paired = differences(cases, reference, metrics)
     if classes is not None:
+        if unknown := sorted(set(classes) - set(paired["class"])):
+            raise ValueError(f"the table of cases has no class {', '.join(unknown)}")
         paired = paired[paired["class"].isin(classes)]
     long = _long(cases, metrics)
     rows = []
@@ -227,10 +230,10 @@ def _effect(n: int) -> float:
 
 
 def _long(cases: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """A row for each system, fold, seed, case, class (`mean` too) and metric, checked."""
+    """A row for each system, fold, seed, case, class (`MEAN` too) and metric, checked."""
     _check(cases, metrics)
     per_case = cases.groupby(KEYS[:-1], sort=False)[list(metrics)].mean().reset_index()
-    both = pd.concat([cases[[*KEYS, *metrics]], per_case.assign(**{"class": "mean"})])
+    both = pd.concat([cases[[*KEYS, *metrics]], per_case.assign(**{"class": MEAN})])
     return both.melt(KEYS, list(metrics), "metric")
 
 

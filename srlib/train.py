@@ -27,9 +27,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from srlib import data, labels
+from srlib import data, labels, tables
 from srlib.baselines import SMALL, build
-from srlib.checkpoints import Trained, load_state, load_trained, save_state, save_trained
+from srlib.checkpoints import (
+    CheckpointError,
+    Trained,
+    about_to_train,
+    data_changes,
+    load_state,
+    load_trained,
+    save_state,
+    save_trained,
+)
 from srlib.model import FEATURES, SegResMamba
 from srlib.paths import atomic_path, locked, remove_temporaries
 from srlib.runs import (
@@ -106,7 +115,8 @@ def train(
 
     Raises:
         ValueError: when the processes of torchrun cannot share a batch equally.
-        srlib.data.DataError: before anything is computed, when a case cannot be trained on.
+        srlib.data.DataError: before anything is computed, when a case cannot be trained on; while it trains, when
+            the data set is not any more what it was.
         srlib.checkpoints.CheckpointError: the state to resume from is broken or another run's.
         OSError: nothing can be written, as on a full disk; what was written before stays.
         FloatingPointError: the training diverged; the state before stays.
@@ -123,22 +133,35 @@ def train(
         with locked(folder) if is_first_process() else nullcontext():
             if not fabric.broadcast(is_done(config)):
                 _train(fabric, config, folder, progress, checkpoint_seconds)
-    return TrainResult(folder, load_model(config), pd.read_csv(folder / "history.csv"))
+    model = restore(load_trained(folder), folder)
+    return TrainResult(folder, model, tables.read(folder / "history.csv"))
 
 
 def load_model(config: RunConfig) -> nn.Module:
     """The trained network of a finished run, as `restore` gives it."""
     if not is_done(config):
         raise FileNotFoundError(f"run {run_id(config)} is not trained here: {run_dir(config)}")
-    return restore(load_trained(run_dir(config)))
+    return restore(load_trained(run_dir(config)), run_dir(config))
 
 
-def restore(trained: Trained) -> nn.Module:
+def restore(trained: Trained, file: Path) -> nn.Module:
     """A trained network from what its file holds, in eval mode on this machine's device.
 
     Its largest output is the label, also where it was trained on overlapping regions.
+
+    Raises:
+        srlib.checkpoints.CheckpointError: naming `file`, when its weights are not those of its configuration.
     """
     model = build_model(trained.config, trained.entry)
+    expected, found = (
+        {name: tuple(tensor.shape) for name, tensor in of.items()}
+        for of in (model.state_dict(), trained.weights)
+    )
+    if wrong := sorted(name for name, _ in expected.items() ^ found.items()):
+        raise CheckpointError(
+            f"{file}: its weights are not those of the network that it describes, as {wrong[0]}:"
+            f" expected {expected.get(wrong[0], 'none')}, got {found.get(wrong[0], 'none')}"
+        )
     model.load_state_dict(trained.weights)
     return labels.scoring(model, trained.entry).to(device()).eval()
 
@@ -165,6 +188,8 @@ def _train(
 ) -> None:
     if fabric.is_global_zero:
         remove_temporaries(folder)
+    origin, files = about_to_train(config), data.file_states(config.dataset)
+    _require_same_data(folder, origin, files)
     network = build_model(config)
     adamw = torch.optim.AdamW(network.parameters(), weight_decay=config.weight_decay, fused=True)
     model, optimizer = fabric.setup(network, adamw)
@@ -201,12 +226,26 @@ def _train(
         bar.set_postfix(loss=f"{of_batch:.3f}", refresh=False)
         if fabric.is_global_zero and now - saved > interval:
             _check_finite(config, step, _has_finite_weights(network))
+            _require_same_data(folder, origin, files)
             _save_checkpoint(config, folder / "checkpoint.pt", network, adamw, history)
             saved = now
     if fabric.is_global_zero:
         _check_finite(config, config.steps - 1, _has_finite_weights(network))
-        _save_result(config, folder, network, history)
+        _require_same_data(folder, origin, files)
+        _save_result(origin._replace(weights=network.state_dict()), folder, history)
     fabric.barrier()  # what comes next reads it
+
+
+def _require_same_data(folder: Path, origin: Trained, files: dict[Path, str]) -> None:
+    """`DataError` when the data is not any more what the run, which its folder is named for, began with."""
+    changes, now = data_changes(origin), data.file_states(origin.config.dataset)
+    if changes or run_dir(origin.config) != folder:
+        changed = sorted(path for path, _ in files.items() ^ now.items())
+        names = ", ".join(dict.fromkeys(map(str, changed[:5]))) or origin.config.dataset
+        raise data.DataError(
+            f"{names}: changed while run {folder.name} trained on it ({'; '.join(changes)});"
+            " nothing more is saved; put the files back to go on, or train anew"
+        )
 
 
 def _check_finite(config: RunConfig, step: int, finite: bool) -> None:
@@ -277,22 +316,20 @@ def _load_checkpoint(
     return [tuple(row) for row in state["history"].tolist()]
 
 
-def _save_result(config: RunConfig, folder: Path, network: nn.Module, history: list[tuple]) -> None:
+def _save_result(trained: Trained, folder: Path, history: list[tuple]) -> None:
     """Write weights, history and, last, the record that marks the run as done; drop the checkpoint."""
     table = pd.DataFrame(history, columns=list(HISTORY)).astype({"step": int})
-    with atomic_path(folder / "history.csv") as temporary:
-        table.to_csv(temporary, index=False)
-    trained = Trained(config, data.get(config.dataset), network.state_dict())
+    tables.write(table, folder / "history.csv", digits=None)
     save_trained(folder / "model.safetensors", trained)
     record = {
-        "run": run_id(config),
-        "config": dataclasses.asdict(config),
-        "data_fingerprint": data.fingerprint(config.dataset),
+        "run": folder.name,
+        "config": dataclasses.asdict(trained.config),
+        "data_fingerprint": trained.fingerprint,
         "device": device().type,
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "processes": processes(),
-        "torch": torch.__version__,
+        "versions": trained.versions,
         "training_seconds": history[-1][3],
     }
     with atomic_path(folder / "run.json") as temporary:

@@ -80,7 +80,7 @@ def tiles(
         _draw_image(axis, item.image, cut, at, spacing, full_window(item.image))
         style = {"filled": True} if item.filled else {"linewidths": 1.5 if columns <= 4 else 1}
         _draw_labels(axis, labels, cut, at, spacing, range(len(classes)), **style)
-        axis.set(title=item.title)
+        axis.set_title(item.title, parse_math=False)  # a case may be called $x$
         axis.axison = ruled
     figure.legend(handles=_key(classes), loc="outside upper center", ncols=len(classes))
     return figure

@@ -329,3 +329,43 @@ def test_the_smoke_profile_gives_the_same_tables_twice(tmp_path, monkeypatch):
         tables.append({table.name: table.read_text() for table in written})
     assert {name[:2] for name in tables[0]} == {"03", "04"}
     assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../mine", "figures/../../mine", "ABSOLUTE", "link/mine", "manifest.json"]
+)
+def test_a_manifest_that_names_files_outside_of_its_folder_is_refused(notebooks, tmp_path, name):
+    """Before anything is computed or deleted."""
+    write_notebook(notebooks, "00_first", WRITE_TABLE.format(name="one"))
+    collection.run(plan(notebooks))
+    results = tmp_path / "results" / "smoke" / "mni152"
+    mine = tmp_path / "mine"
+    for file in (mine, tmp_path / "results" / "mine", tmp_path / "results" / "smoke" / "mine"):
+        file.write_text("the user's")
+    (results / "link").symlink_to(tmp_path)
+    file = results / "manifest.json"
+    manifest = json.loads(file.read_text())
+    named = str(mine) if name == "ABSOLUTE" else name
+    manifest["notebooks"]["00_first"]["outputs"].append(named)
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(
+        ValueError, match=r"manifest\.json: names the output .*; expected files in figures"
+    ):
+        plan(notebooks)
+    made = collection.Plan("smoke", "mni152", ())
+    with pytest.raises(ValueError, match="names the output"):
+        collection._record(made, notebooks / "00_first.ipynb", {"outputs": []})
+    assert mine.exists()
+    assert file.exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"notebooks": {"00_first": 1}}', '{"notebooks": {"a": {"outputs": [1]}}}']
+)
+def test_a_broken_manifest_is_told_by_name(notebooks, tmp_path, text):
+    write_notebook(notebooks, "00_first")
+    file = tmp_path / "results" / "smoke" / "mni152" / "manifest.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json: not a manifest"):
+        plan(notebooks)

@@ -10,6 +10,7 @@ import torch
 
 from srlib import data, evaluate, runs, train
 from srlib.checkpoints import load_trained, save_trained
+from srlib.registry import MEAN
 from srlib.runs import RunConfig
 
 SPACING = (1.0, 2.0, 3.0)
@@ -110,9 +111,9 @@ def test_summary_averages_classes_within_cases_first():
     )
     rows = evaluate.summarise(table, ["dice"]).set_index("class")
     assert rows.loc["a", "mean"] == pytest.approx(0.9)
-    assert rows.loc["mean", "mean"] == pytest.approx(0.825)
-    assert rows.loc["mean", "std"] == pytest.approx(pd.Series([0.7, 0.95]).std())
-    assert rows.loc["mean", "count"] == 2
+    assert rows.loc[MEAN, "mean"] == pytest.approx(0.825)
+    assert rows.loc[MEAN, "std"] == pytest.approx(pd.Series([0.7, 0.95]).std())
+    assert rows.loc[MEAN, "count"] == 2
 
 
 @pytest.fixture
@@ -141,7 +142,7 @@ def test_a_run_is_evaluated_once(trained, monkeypatch):
     network = runs.run_dir(trained) / "model.safetensors"
     with monkeypatch.context() as patch:
         patch.setattr(data, "fingerprint", lambda name: "other data")
-        with pytest.raises(TypeError):
+        with pytest.raises(data.DataError, match="then, other data now"):
             evaluate.evaluate(trained, checkpoint=network)
     more = _more(trained)
     with pytest.raises(TypeError):

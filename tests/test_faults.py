@@ -5,7 +5,6 @@ Bad files of a data set are in test_images.py and test_data.py.
 
 import dataclasses
 import fcntl
-import json
 import math
 import os
 import pickle
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from srlib import __main__, checkpoints, collection, data, paths, runs, train
+from srlib import __main__, checkpoints, checksums, collection, data, paths, runs, train
 from srlib.runs import RunConfig
 
 QUICK = RunConfig("mni152", steps=2, model="tiny", batch_size=1, patch_size=(36, 20, 20), warmup=1)
@@ -68,7 +67,71 @@ def of_another_network(path: Path) -> None:
 def of_another_version(path: Path) -> None:
     found = checkpoints.load_trained(path)
     about = {"config": {"dataset": "mni152", "wings": 2}, "dataset": {}}
-    save_file(found.weights, path, metadata={"srlib": json.dumps(about)})
+    checksums.save_tensors(path, found.weights, about)
+
+
+def with_a_lost_bit(path: Path) -> None:
+    found = bytearray(path.read_bytes())
+    found[-1000] ^= 4
+    path.write_bytes(found)
+
+
+def changed(change):
+    """Spoils a network before it is written, so that its checksum is right."""
+
+    def spoil(path: Path) -> None:
+        checkpoints.save_trained(path, change(checkpoints.load_trained(path)))
+
+    return spoil
+
+
+def with_weights(found: checkpoints.Trained, change) -> checkpoints.Trained:
+    name = sorted(found.weights)[0]
+    return found._replace(weights=found.weights | {name: change(found.weights[name])})
+
+
+def with_unknown_normalisation(path: Path) -> None:
+    tensors, about = checksums.load_tensors(path)
+    about["dataset"]["normalisation"] = ["by rank"]
+    checksums.save_tensors(path, tensors, about)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (changed(lambda t: with_weights(t, lambda w: w * math.nan)), "holds NaN or infinity"),
+        (changed(lambda t: with_weights(t, lambda w: w / 0)), "holds NaN or infinity"),
+        (changed(lambda t: with_weights(t, torch.Tensor.double)), "is torch.float64; expected"),
+        (changed(lambda t: with_weights(t, torch.Tensor.cfloat)), "is torch.complex64; expected"),
+        (changed(lambda t: with_weights(t, lambda w: w[:-1])), "not those of the network"),
+        (changed(lambda t: t._replace(weights={})), "not those of the network"),
+        (with_unknown_normalisation, "unknown normalisation 'by rank'"),
+    ],
+)
+def test_a_network_that_would_give_wrong_masks_is_refused_by_name(
+    trained, tmp_path, spoil, message
+):
+    file = tmp_path / "model.safetensors"
+    shutil.copy(trained / file.name, file)
+    spoil(file)
+    result = CliRunner().invoke(
+        __main__.app, ["predict", str(file), str(tmp_path), "--out", str(tmp_path / "masks")]
+    )
+    assert result.exit_code == 2
+    assert len(result.output.splitlines()) == 1
+    assert f"{file}: " in result.output
+    assert message in result.output
+
+
+def test_other_versions_are_told_where_a_network_is_read(trained, tmp_path, caplog):
+    found = checkpoints.load_trained(trained)
+    assert not caplog.records
+    assert set(found.versions) == {"srlib", "torch", "monai", "numpy"}
+    file = tmp_path / "model.safetensors"
+    checkpoints.save_trained(file, found._replace(versions=found.versions | {"torch": "1.0+cpu"}))
+    checkpoints.load_trained(file)
+    (line,) = caplog.messages
+    assert line.startswith(f"{file}: trained with torch 1.0+cpu, here is {torch.__version__}")
 
 
 @pytest.mark.parametrize("command", ["info", "evaluate", "predict"])
@@ -78,7 +141,8 @@ def of_another_version(path: Path) -> None:
         (Path.unlink, "no trained network here: "),
         (truncated, "not a whole file of safetensors"),
         (a_pickle, "not a whole file of safetensors"),
-        (of_another_network, "its metadata hold no run of this version of srlib"),
+        (with_a_lost_bit, "its content has another checksum than was written"),
+        (of_another_network, "its metadata are not those of this version of srlib"),
         (of_another_version, "its metadata hold no run of this version of srlib"),
     ],
 )

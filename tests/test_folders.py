@@ -26,7 +26,19 @@ from scan_files import (
 )
 from typer.testing import CliRunner
 
-from srlib import __main__, data, datasets, evaluate, images, labels, paths, plans, runs, train
+from srlib import (
+    __main__,
+    checkpoints,
+    data,
+    datasets,
+    evaluate,
+    images,
+    labels,
+    paths,
+    plans,
+    runs,
+    train,
+)
 from srlib.images import DataError, Window
 from srlib.registry import Dataset, tuples
 
@@ -237,6 +249,116 @@ def test_folds_of_a_folder_stay_when_it_moves_and_are_as_many_as_cases(places):
         data.split(str(folder), 3)
     moved = folder.rename(places / "elsewhere")
     assert [data.split(str(moved), fold) for fold in range(3)] == before
+
+
+def _untrained(folder: Path, config: runs.RunConfig) -> Path:
+    """The file that a training of the folder as it is now would leave, but for the weights."""
+    file = folder.parent / "model.safetensors"
+    weights = train.build_model(config).state_dict()
+    checkpoints.save_trained(file, checkpoints.about_to_train(config)._replace(weights=weights))
+    return file
+
+
+def _more_cases(folder: Path) -> None:
+    write_nnunet(folder, cases=8)
+
+
+def _other_classes(folder: Path) -> None:
+    write_nnunet(folder, labels={"background": 0, "tumour": 1, "liver": 2})
+
+
+def _other_voxels(folder: Path) -> None:
+    path = folder / "imagesTr" / "case_1_0000.nii.gz"
+    write(path, images.read(path).array + 1, AFFINE)
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (_more_cases, ["new training cases", "fingerprint"]),
+        (_other_classes, ["classes ('liver', 'tumour') then, ('tumour', 'liver') now"]),
+        (_other_voxels, ["fingerprint"]),
+    ],
+)
+def test_held_out_means_held_out(places, change, messages):
+    """A folder that is not what it was at the training is not scored by another split or other labels."""
+    folder = write_nnunet(places / "scans")
+    settings = {"model": "tiny", "tom": "none", "patch_size": (40, 24, 24)}
+    config = runs.config_for("default", str(folder), **settings)
+    file = _untrained(folder, config)
+    table = evaluate.evaluate(config, checkpoint=file)
+    assert set(table["case"]) == set(checkpoints.load_trained(file).split.test)
+    before = (places / "metrics.csv").read_bytes()
+    change(folder)
+    with pytest.raises(DataError, match="is not what it was trained on") as refused:
+        evaluate.evaluate(config, checkpoint=file)
+    for message in (str(file), *messages):
+        assert message in str(refused.value)
+    assert (places / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_file_that_changes_while_a_training_runs_ends_it(places, monkeypatch, step):
+    folder = write_nnunet(places / "scans")
+    settings = {"model": "tiny", "tom": "none", "patch_size": (40, 24, 24), "steps": 4}
+    config = runs.config_for("default", str(folder), batch_size=1, **settings)
+    rate = train.learning_rate
+
+    def changing(config, now):
+        if now == step:
+            _other_voxels(folder)
+        return rate(config, now)
+
+    monkeypatch.setattr(train, "learning_rate", changing)
+    name = runs.run_id(config)
+    with pytest.raises(DataError, match=rf"case_1_0000\.nii\.gz: changed while run {name} trained"):
+        train.train(config, checkpoint_seconds=0)
+    assert [path.name for path in (places / "results" / "runs").iterdir()] == [name]
+    left = {path.name for path in (places / "results" / "runs" / name).iterdir()}
+    assert left == {".lock", "checkpoint.pt"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ('{"background": 0, "": 1}', "class ''; expected a name"),
+        ('{"background": 0, "$x$": 1}', "class '$x$'; expected a name of printable"),
+        ('{"background": 0, " x": 1}', "class ' x'; expected a name"),
+        ('{"background": 0, "x\\ny": 1}', "expected a name of printable characters"),
+        ('{"background": 0, "mean of classes": 1}', "expected another name"),
+        ('{"background": 0, "x": 1, "x": 2}', "'x' comes 2 times"),
+        ('{"0": "background", "1": "x", "2": "x"}', "two classes of the name 'x'"),
+        ('{"background": 0, "x": 1, "y": 1}', "expected others for each class"),
+    ],
+)
+def test_classes_that_no_table_or_figure_can_hold_are_refused_with_the_plan(
+    places, labels, message
+):
+    folder = write_pairs(places / "scans")
+    (folder / "dataset.json").write_text(f'{{"channel_names": {{"0": "MRI"}}, "labels": {labels}}}')
+    result = CliRunner().invoke(__main__.app, ["data", "plan", str(folder)])
+    assert result.exit_code == 2
+    assert str(folder) in result.output
+    assert message in result.output
+
+
+def test_names_that_mean_a_missing_value_elsewhere_are_names(places):
+    """From the folder to the tables: no case and no class is lost or merged."""
+    folder = write_nnunet(places / "scans", labels={"background": 0, "NA": 1, "mean": 2}, cases=4)
+    for path in [*folder.glob("*/case_0*"), *folder.glob("*/case_1*"), *folder.glob("*/case_2*")]:
+        name = {"0": "None", "1": "nan", "2": "$x$"}[path.name[5]]
+        path.rename(path.with_name(path.name.replace(path.name[:6], name)))
+    assert data.case_ids(str(folder)) == ["$x$", "None", "case_3", "nan"]
+    assert data.summary(str(folder))["case"].tolist() == ["$x$", "None", "case_3", "nan"]
+    settings = {"model": "tiny", "tom": "none", "patch_size": (40, 24, 24)}
+    for fold in range(4):
+        config = runs.config_for("default", str(folder), fold, **settings)
+        table = evaluate.evaluate(config, checkpoint=_untrained(folder, config))
+        held_out = evaluate.test_cases(config)
+        assert list(table[["case", "class"]].itertuples(index=False, name=None)) == [
+            (case, name) for case in held_out for name in ("NA", "mean")
+        ]
+    assert len(evaluate.summarise(table, ["dice"])["class"].unique()) == 3
 
 
 # --- The paper's data sets ------------------------------------------------------------------------

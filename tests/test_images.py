@@ -1,5 +1,6 @@
 """Scans of every format: one array, one affine, one message for each kind of bad file."""
 
+import dataclasses
 from pathlib import Path
 
 import nibabel as nib
@@ -13,7 +14,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from scan_files import itk_image, write, write_dicom
 from scipy.ndimage import map_coordinates
 
-from srlib import images
+from srlib import data, images
 from srlib.images import DataError, Scan, Window
 
 SHAPE = (7, 6, 5)
@@ -271,3 +272,13 @@ def test_prepare_gives_channels_each_on_its_own_scale():
     assert image.is_contiguous()
     assert 0 <= image[1].min() < image[1].max() <= 1
     np.testing.assert_array_equal(affine, np.eye(4))
+
+
+@pytest.mark.parametrize(
+    "how", ["by rank", "", (0.0, 1.0, 0.0, 0.0), (0.0, 1.0, float("nan"), 1.0), (0.0, 1.0)]
+)
+def test_an_unknown_normalisation_is_refused(how):
+    with pytest.raises(ValueError, match="unknown normalisation"):
+        images.normalise(np.zeros((2, 2, 2)), how)
+    with pytest.raises(ValueError, match="unknown normalisation"):
+        dataclasses.replace(data.get("hippocampus"), normalisation=(how,))

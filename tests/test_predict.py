@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -259,3 +260,56 @@ def test_neither_scans_nor_their_labels_are_overwritten(tmp_path):
         with pytest.raises(data.DataError, match="holds the scans or their labels"):
             predict.target(tmp_path / out, "scan", [scan])
     assert predict.target(tmp_path, "scan", [scan]) == tmp_path / "scan.nii.gz"
+
+
+@pytest.mark.parametrize("kind", ["file", "link to a folder", "link to a file", "hard link"])
+def test_no_way_leads_a_mask_over_a_scan(tmp_path, kind):
+    """Not by a link of the scan's, of the folder's, or of the mask's; not with `overwrite` either."""
+    scan = write(tmp_path / "imagesTr" / "scan.nii.gz", block((4, 4, 4)), np.eye(4))
+    (tmp_path / "labelsTr").mkdir()
+    given, out = scan, scan.parent
+    if kind == "link to a folder":
+        out = tmp_path / "masks"
+        out.symlink_to(scan.parent)
+    if kind == "link to a file":
+        given = tmp_path / "in" / "scan.nii.gz"
+        given.parent.mkdir()
+        given.symlink_to(scan)
+    if kind == "hard link":
+        out = tmp_path / "masks"
+        out.mkdir()
+        (out / "scan.nii.gz").hardlink_to(scan)
+    for overwrite in (False, True):
+        with pytest.raises(
+            data.DataError, match=r"holds the scans or their labels|is the scan itself"
+        ):
+            predict.targets(out, {"scan": [given]}, overwrite)
+    if kind == "link to a file":
+        with pytest.raises(data.DataError, match="holds the scans or their labels"):
+            predict.targets(tmp_path / "labelsTr", {"scan": [given]})
+
+
+def test_what_is_there_is_replaced_only_when_asked_and_never_through_a_link(tmp_path):
+    scan = write(tmp_path / "in" / "scan.nii.gz", block((4, 4, 4)), np.eye(4))
+    out, other = tmp_path / "masks", tmp_path / "other.nii.gz"
+    mask = predict.segment(segmenter(), [scan])
+    out.mkdir()
+    other.write_text("the user's")
+    for make in (
+        Path.touch,
+        lambda path: path.symlink_to(other),
+        lambda path: path.symlink_to("no"),
+    ):
+        path = predict.targets(out, {"scan": [scan]})["scan"]
+        make(path)
+        with pytest.raises(data.DataError, match=r"scan\.nii\.gz: is there already; --overwrite"):
+            predict.targets(out, {"scan": [scan]})
+        with pytest.raises(FileExistsError, match=r"scan\.nii\.gz: is there already"):
+            predict.write_mask(mask, scan, path)
+        predict.targets(out, {"scan": [scan]}, overwrite=True)
+        predict.write_mask(mask, scan, path, overwrite=True)
+        assert not path.is_symlink()
+        assert nib.load(path).shape == (4, 4, 4)
+        path.unlink()
+    assert other.read_text() == "the user's"
+    assert not (out / "no").exists()

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from srlib import statistics
+from srlib.registry import MEAN
 
 DICE = ("dice",)
 
@@ -55,7 +56,7 @@ def test_a_case_is_averaged_over_seeds_and_classes_before_cases_are():
     table["dice"] = np.arange(len(table)) / 100
     values = statistics.case_values(table, DICE).set_index(["class", "case"])["value"]
     rows = table[table["case"] == "case 0-2"]
-    assert values["mean", "case 0-2"] == pytest.approx(rows["dice"].mean())
+    assert values[MEAN, "case 0-2"] == pytest.approx(rows["dice"].mean())
     assert values["anterior", "case 0-2"] == pytest.approx(
         rows.loc[rows["class"] == "anterior", "dice"].mean()
     )
@@ -64,7 +65,7 @@ def test_a_case_is_averaged_over_seeds_and_classes_before_cases_are():
 
 def test_summary_tells_seeds_from_cases():
     table = case_tables.cases({"segresmamba": 0.0}, folds=range(3), seeds=range(8), seed_sd=0.01)
-    row = statistics.summary(table, DICE).set_index("class").loc["mean"]
+    row = statistics.summary(table, DICE).set_index("class").loc[MEAN]
     assert (row["n"], row["runs"]) == (60, 24)
     assert row["low"] < row["mean"] < row["high"]
     assert row["sd_seeds"] == pytest.approx(0.01, rel=0.4)
@@ -86,25 +87,25 @@ def test_a_seed_that_only_some_folds_have_counts_with_their_share():
 def test_comparison_finds_what_is_there_and_nothing_else():
     table = case_tables.cases({"segresmamba": 0.0, "same": 0.0, "worse": -0.02}, n=50, seed_sd=0)
     rows = statistics.compare(table, "segresmamba", DICE).set_index(["system", "class"])
-    same, worse = rows.loc[("same", "mean")], rows.loc[("worse", "mean")]
+    same, worse = rows.loc[("same", MEAN)], rows.loc[("worse", MEAN)]
     assert worse["low"] < -0.02 < worse["high"] < 0
     assert worse["p_holm"] < 1e-6
     assert same["low"] < 0 < same["high"]
     assert (rows["p_holm"] >= rows["p"]).all()
     assert (rows["n"] == 50).all()
-    assert rows.loc[("worse", "mean"), "detectable"] < 0.01
+    assert rows.loc[("worse", MEAN), "detectable"] < 0.01
 
 
 def test_interval_of_other_seeds_adds_welch_s_of_the_trainings_in_quadrature():
     table = case_tables.cases(seed_sd=0.02)
-    row = statistics.compare(table, "segresmamba", DICE, ["mean"]).iloc[0]
+    row = statistics.compare(table, "segresmamba", DICE, [MEAN]).iloc[0]
     assert row["low_all"] < row["low"] < row["high"] < row["high_all"]
-    means = statistics.run_means(table, DICE).query("`class` == 'mean'").groupby("system")["value"]
+    means = statistics.run_means(table, DICE).query("`class` == @MEAN").groupby("system")["value"]
     pair = [means.get_group(name) for name in ("none", "segresmamba")]
     welch = stats.ttest_ind(*pair, equal_var=False).confidence_interval()
     above = row["high"] - row["difference"], welch.high - row["difference"]
     assert row["high_all"] - row["difference"] == pytest.approx(math.hypot(*above))
-    one = statistics.compare(table[table["seed"] == 0], "segresmamba", DICE, ["mean"])
+    one = statistics.compare(table[table["seed"] == 0], "segresmamba", DICE, [MEAN])
     assert one[["low_all", "high_all", "se_seeds"]].isna().all(axis=None)
 
 
@@ -118,7 +119,7 @@ def test_comparison_is_antisymmetric():
 
 def test_holm_s_family_is_what_is_asked_for():
     table = case_tables.cases({"segresmamba": 0.0, "a": -0.002, "b": 0.003})
-    alone = statistics.compare(table, "segresmamba", DICE, ["mean"]).set_index("system")
+    alone = statistics.compare(table, "segresmamba", DICE, [MEAN]).set_index("system")
     assert sorted(alone["p_holm"]) == sorted(
         [min(1, 2 * alone["p"].min()), max(alone["p"].max(), min(1, 2 * alone["p"].min()))]
     )
@@ -130,17 +131,15 @@ def test_holm_s_family_is_what_is_asked_for():
 def test_only_cases_that_both_have_are_compared():
     table = case_tables.cases(folds=(0, 1))
     table = table[(table["system"] == "segresmamba") | (table["fold"] == 0)]
-    row = statistics.compare(table, "segresmamba", DICE, ["mean"]).iloc[0]
-    expected = statistics.compare(table[table["fold"] == 0], "segresmamba", DICE, ["mean"]).iloc[0]
+    row = statistics.compare(table, "segresmamba", DICE, [MEAN]).iloc[0]
+    expected = statistics.compare(table[table["fold"] == 0], "segresmamba", DICE, [MEAN]).iloc[0]
     pd.testing.assert_series_equal(row, expected)
 
 
 def test_a_difference_in_words_is_an_interval():
-    (row,) = statistics.compare(case_tables.cases(), "segresmamba", DICE, ["mean"]).to_dict(
-        "records"
-    )
+    (row,) = statistics.compare(case_tables.cases(), "segresmamba", DICE, [MEAN]).to_dict("records")
     text = statistics.in_words(row)
-    assert text.startswith("none minus segresmamba, dice, mean: -0.0")
+    assert text.startswith("none minus segresmamba, dice, mean of classes: -0.0")
     assert f"interval over 20 cases {row['low']:+.3f} to {row['high']:+.3f}, " in text
     assert f"{row['low_all']:+.3f} to {row['high_all']:+.3f} with other seeds" in text
     assert "one seed" in statistics.in_words(row | {"se_seeds": math.nan})
