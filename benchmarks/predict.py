@@ -97,17 +97,9 @@ def segment(setting: Setting) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         scan, network = Path(folder, "scan.nii"), Path(folder, "model.safetensors")
         nib.save(nib.Nifti1Image(array, np.diag([*CT, 1.0])), scan)
-        save_trained(
-            network,
-            Trained(
-                config,
-                entry,
-                train.build_model(config, entry).state_dict(),
-                "random",
-                data.Split((), ()),
-                {},
-            ),
-        )
+        weights = train.build_model(config, entry).state_dict()
+        untrained = Trained(config, entry, weights, "no data", data.Split((), ()), {})
+        save_trained(network, untrained)
         options = ["--out", f"{folder}/masks", "--overlap", str(setting.overlap)]
         peak, seconds = peak_and_time([*SRLIB, "predict", str(network), str(scan), *options])
     pairs = zip(setting.voxels, CT, setting.working, strict=True)

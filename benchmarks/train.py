@@ -112,7 +112,7 @@ def weights_and_losses(results: Path) -> dict[str, bytes]:
     weights = load_file(run / "model.safetensors")
     found = {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
     history = tables.read(run / "history.csv").drop(columns="seconds")
-    return found | {"history": history.to_csv().encode()}
+    return found | {"history": history.to_numpy().tobytes()}
 
 
 def finished_notebooks(results: Path) -> int:

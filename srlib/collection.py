@@ -76,11 +76,17 @@ class Plan:
         """What was written down so far about what is in that folder.
 
         Raises:
-            ValueError: a manifest that is broken, or names an output outside of the folder's figures and tables.
+            ValueError: a manifest that is broken, or names an output that is outside of the folder's
+                figures and tables, where what is out of date is deleted.
         """
-        file = self.results / "manifest.json"
+        file, what = self.results / "manifest.json", "a manifest of the collection"
         if file.exists():
-            return _read_manifest(file)
+            found = paths.read_json(file, what, profile=str, dataset=str, seed=int, notebooks=dict)
+            for entry in found["notebooks"].values():
+                paths.require(file, what, entry, **ENTRY)
+                for name in entry["outputs"]:
+                    _require_inside(file, name)
+            return found
         return {
             "profile": self.profile,
             "dataset": self.dataset,
@@ -125,21 +131,15 @@ def plan(
     return made
 
 
-def _read_manifest(file: Path) -> dict[str, Any]:
-    what = "a manifest of the collection"
-    manifest = paths.read_json(file, what, profile=str, dataset=str, seed=int, notebooks=dict)
-    for entry in manifest["notebooks"].values():
-        paths.require(file, what, entry, **ENTRY)
-    outputs = [str(name) for entry in manifest["notebooks"].values() for name in entry["outputs"]]
-    places = {name: (file.parent / name).resolve() for name in outputs}
-    folders = {(file.parent / kind).resolve() for kind in OUTPUTS}
-    for name, place in places.items():
-        if place.parent not in folders or not place.is_relative_to(file.parent.resolve()):
-            raise ValueError(
-                f"{file}: names the output {name!r}; expected files in {' and '.join(OUTPUTS)} only,"
-                " since what is out of date is deleted"
-            )
-    return manifest
+def _require_inside(file: Path, name: str) -> None:
+    """`ValueError` unless a manifest's output is a file in its folder's figures or tables."""
+    results, place = file.parent.resolve(), (file.parent / str(name)).resolve()
+    folders = [(results / kind).resolve() for kind in OUTPUTS]
+    if place.parent not in folders or not place.is_relative_to(results):
+        raise ValueError(
+            f"{file}: names the output {name!r}; expected files in {' and '.join(OUTPUTS)} only,"
+            " since what is out of date is deleted"
+        )
 
 
 def find_notebooks(folder: Path = paths.NOTEBOOKS) -> list[Path]:

@@ -169,9 +169,10 @@ def predict(
     replaced = {path for path in targets.values() if path.exists()}
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
-    for name, path in targets.items():
+    for name in cases:
         try:
             mask = predict.segment(segmenter, cases[name], overlap, flips)
+            path = targets[name]
             predict.write_mask(mask, cases[name][0], path, overwrite=path in replaced)
             typer.echo(path)
         except Exception as error:  # the others can still be segmented

@@ -145,9 +145,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
         rights = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(
-            rights
-        )  # safetensors puts a file of its own here, which nobody else may read
+        temporary.chmod(rights)  # safetensors leaves a file that only its owner may read
         make_visible(temporary, path)
     except OSError as error:
         if error.filename is None and error.errno is not None:
@@ -159,6 +157,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _free(folder: Path) -> int:
+    """Bytes that can still be written there."""
+    return shutil.disk_usage(folder).free
 
 
 def make_visible(finished: Path, path: Path) -> None:
@@ -177,11 +180,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _free(folder: Path) -> int:
-    """Bytes that can still be written there."""
-    return shutil.disk_usage(folder).free
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -124,7 +124,7 @@ def compare(
         cases: runs of one budget, equal steps or equal minutes.
         reference: the system that is subtracted.
         metrics: those compared.
-        classes: those compared (`mean` is one); `None` is all. Systems, metrics and classes make the family of
+        classes: those compared (`MEAN` is one); `None` is all. Systems, metrics and classes make the family of
             Holm's correction, so ask for those only that the question is about.
 
     Returns:
@@ -133,6 +133,8 @@ def compare(
     """
     paired = differences(cases, reference, metrics)
     if classes is not None:
+        if unknown := sorted(set(classes) - set(paired["class"])):
+            raise ValueError(f"the table of cases has no class {', '.join(unknown)}")
         paired = paired[paired["class"].isin(classes)]
     long = _long(cases, metrics)
     rows = []

@@ -28,9 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(folder.cleanup)
     os.environ["SRLIB_RESULTS"] = folder.name
     os.environ["MPLBACKEND"] = "agg"
-    os.fsync = lambda handle: (
-        None
-    )  # some thousand files that no test wants to outlive a loss of power
+    os.fsync = lambda handle: None  # no test's files have to outlive a loss of power
     # Triton decides at its import, which torch may do, whether it compiles or interprets its kernels.
     os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
