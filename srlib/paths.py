@@ -126,6 +126,21 @@ def require(file: Path, what: str, found: Any, **expected: type) -> None:
 
 
 @contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Have an OSError name what is written, and a disk be called full also where a library says only that it failed."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+    except RuntimeError as error:  # of ITK or PyTorch
+        if shutil.disk_usage(path.parent).free > SPARE:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
 
@@ -142,19 +157,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     suffix = "".join(part for part in path.suffixes[-2:] if len(part) <= len(".safetensors"))
     temporary = path.with_name(f".{path.stem[:20]}-{secrets.token_hex(4)}{suffix}")
     try:
-        temporary.touch(exist_ok=False)
-        rights = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(rights)  # safetensors leaves a file that only its owner may read
-        make_visible(temporary, path)
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
-        raise
-    except RuntimeError as error:  # of ITK or PyTorch
-        if _free(path.parent) > SPARE:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        with _named(path):
+            temporary.touch(exist_ok=False)
+            rights = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(rights)  # safetensors leaves a file that only its owner may read
+            make_visible(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -199,12 +207,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     partial.mkdir()
     try:
-        yield partial
-        try:
-            make_visible(partial, folder)
-        except OSError:
-            if not folder.is_dir():  # nobody else finished it either
-                raise
+        with _named(folder):
+            yield partial
+            try:
+                make_visible(partial, folder)
+            except OSError:
+                if not folder.is_dir():  # nobody else finished it either
+                    raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

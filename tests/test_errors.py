@@ -282,7 +282,7 @@ def test_slurm_without_its_programs(monkeypatch, tmp_path):
 
 def test_a_full_disk_in_the_words_of_a_library(tmp_path, monkeypatch):
     """PyTorch, ITK and safetensors say neither that the disk is full nor which file they wrote."""
-    monkeypatch.setattr(paths, "_free", lambda folder: 0)
+    monkeypatch.setattr(paths, "SPARE", shutil.disk_usage(tmp_path).total)
     with (
         pytest.raises(OSError, match="No space left on device") as refusal,
         paths.atomic_path(tmp_path / "x.nrrd"),

@@ -291,8 +291,10 @@ def cli_config() -> RunConfig:
 # --- Disks ----------------------------------------------------------------------------------------
 
 
-def start(*command: str, results: Path, mount: str = "", **options) -> subprocess.Popen:
-    """Start the program; with `mount`, on a disk of that kind in the place of its results."""
+def start(
+    *command: str, results: Path, mount: str = "", where: str = "RESULTS", **options
+) -> subprocess.Popen:
+    """Start the program; with `mount`, on a disk of that kind in the place of its results, or of its cache."""
     program = [sys.executable, "-m", "srlib", *command]
     if mount:
         results.mkdir()
@@ -307,7 +309,7 @@ def start(*command: str, results: Path, mount: str = "", **options) -> subproces
             str(results),
             *program,
         ]
-    environment = os.environ | {"SRLIB_RESULTS": str(results), "PYTHONPATH": path_with_srlib()}
+    environment = os.environ | {f"SRLIB_{where}": str(results), "PYTHONPATH": path_with_srlib()}
     return subprocess.Popen(
         program,
         env=environment,
@@ -332,12 +334,16 @@ def can_mount() -> bool:
 
 @pytest.mark.skipif(not can_mount(), reason="this system lets a user mount no disk of their own")
 @pytest.mark.parametrize(
-    ("mount", "message"),
-    [("size=500k", "could not be written; is the disk full?"), ("ro", "Read-only file system")],
-    ids=["full", "read-only"],
+    ("mount", "where", "message"),
+    [
+        ("size=500k", "RESULTS", "could not be written; is the disk full?"),
+        ("ro", "RESULTS", "Read-only file system"),
+        ("size=100k", "CACHE", "No space left on device; free some space"),
+    ],
+    ids=["full", "read-only", "full cache"],
 )
-def test_a_disk_that_cannot_be_written(tmp_path, mount, message):
-    process = start("train", *OPTIONS, results=tmp_path / "results", mount=mount)
+def test_a_disk_that_cannot_be_written(tmp_path, mount, where, message):
+    process = start("train", *OPTIONS, results=tmp_path / "results", mount=mount, where=where)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
     told = [line for line in errors.splitlines() if message in line]
