@@ -139,7 +139,7 @@ class TriOrientedMamba(nn.Module):
         conv_bias = cast(Tensor, conv1d.bias)
         projections = x_proj.weight, dt_proj.weight, dt_proj.bias
         D = self.get_parameter(f"D{suffix}")
-        return Weights(conv1d.weight[:, 0], conv_bias, *projections, A, D)
+        return Weights(conv1d.weight.squeeze(1), conv_bias, *projections, A, D)
 
     def _decays(self, x: Tensor) -> Sequence[Tensor]:
         """A (E, N) of each order: negative, the rate at which the state is forgotten."""

@@ -202,7 +202,7 @@ class _Orders:
         torch.bmm(delta, self.dt_proj, out=d_rows[..., : self.rank])  # delta is its gradient by now
         du.baddbmm_(d_rows, self.x_proj)
         zeros = self.rank - self.ranks
-        d_dt_proj = _by_weights(delta, rows[..., : self.rank])[..., zeros:].contiguous()
+        d_dt_proj = _by_weights(delta, rows[..., zeros : self.rank])
         d_x_proj = _by_weights(d_rows, u)[:, zeros:filled]
         total = sums.unflatten(0, (self.count, -1)).sum((1, 2))  # (orders, N + 2, E)
         return d_x_proj, d_dt_proj, total[:, -1], total[:, :-2].mT, total[:, -2]
@@ -356,6 +356,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         raise RuntimeError("srlib::mixers: a gradient needs keep_states=True")
     ctx.save_for_backward(output[1], x, *weights)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros as large as the states
 
 
 def _gradient(ctx, grad, _):  # type: ignore[no-untyped-def]
