@@ -53,6 +53,17 @@ def _following(token, row, order, length, slice_length):
 
 
 @triton.jit
+def _preceding(token, row, order, length, slice_length):
+    """The token visited before `token`, and its place in its slice; before the first step anything."""
+    token -= tl.where(order == 0, 1, tl.where(order == 1, -1, slice_length))
+    wraps = (order == 2) & (token < 0)
+    row -= wraps.to(tl.int32)
+    whole = length // slice_length
+    before = tl.where(row < length - whole * slice_length, whole, whole - 1)  # it, in its row
+    return tl.where(wraps, row + before * slice_length, token), row
+
+
+@triton.jit
 def _order_of(orders, row, batch):
     scan = row // batch
     return (orders >> (2 * scan)) & 3, scan
@@ -69,22 +80,9 @@ def convolve(
     step = tl.program_id(0) * STEPS + tl.arange(0, STEPS)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = d < channels
-    total = _convolved(
-        x,
-        x_row,
-        weight,
-        bias,
-        step,
-        d,
-        row,
-        scan,
-        order,
-        length,
-        slice_length,
-        batch,
-        channels,
-        TAPS,
-    )
+    total, _ = _convolved(
+        x, x_row, weight, bias, step, d, row, scan, order, length, slice_length, batch, channels, TAPS
+    )  # fmt: skip
     result = tl.where((step < length)[:, None], total * _sigmoid(total), 0.0)
     at = (row.to(tl.int64) * padded + step[:, None]) * channels + d[None, :]
     tl.store(u + at, result, (step < padded)[:, None] & inside[None, :])
@@ -95,19 +93,22 @@ def _convolved(
     x, x_row, weight, bias, step, d, row, scan, order, length, slice_length, batch,
     channels: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """What SiLU is applied to (steps, channels)."""
+    """What SiLU is applied to (steps, channels), and x under each tap, the last one first."""
     inside = d < channels
     x += (row % batch).to(tl.int64) * length * x_row
     total = tl.load(bias + scan * channels + d, inside, 0.0)[None, :]
-    for tap in tl.static_range(TAPS):
-        source = step - (TAPS - 1 - tap)
-        there = (source >= 0) & (source < length)
-        token = visited(tl.maximum(source, 0), order, length, slice_length)
+    token = visited(step, order, length, slice_length)
+    in_slice = token % slice_length
+    values = ()
+    for back in tl.static_range(TAPS):
+        there = (step >= back) & (step < length)
         at = token[:, None].to(tl.int64) * x_row + d[None, :]
         value = tl.load(x + at, there[:, None] & inside[None, :], 0.0).to(tl.float32)
-        w = tl.load(weight + (scan * channels + d) * TAPS + tap, inside, 0.0)
+        w = tl.load(weight + (scan * channels + d) * TAPS + TAPS - 1 - back, inside, 0.0)
         total += value * w[None, :]
-    return total
+        values += (value,)
+        token, in_slice = _preceding(token, in_slice, order, length, slice_length)
+    return total, values
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -129,22 +130,9 @@ def through_silu(
         by_tap += (tl.zeros((STEPS, BLOCK), tl.float32),)
     for first in range(tl.program_id(0) * STEPS, length, tl.num_programs(0) * STEPS):
         step = first + tl.arange(0, STEPS)
-        total = _convolved(
-            x,
-            x_row,
-            weight,
-            bias,
-            step,
-            d,
-            row,
-            scan,
-            order,
-            length,
-            slice_length,
-            batch,
-            channels,
-            TAPS,
-        )
+        total, values = _convolved(
+            x, x_row, weight, bias, step, d, row, scan, order, length, slice_length, batch, channels, TAPS
+        )  # fmt: skip
         both = (step < length)[:, None] & inside[None, :]
         at = (row.to(tl.int64) * padded + step[:, None]) * channels + d[None, :]
         s = _sigmoid(total)
@@ -153,11 +141,7 @@ def through_silu(
         by_bias += grad
         later = ()
         for tap in tl.static_range(TAPS):
-            source = step - (TAPS - 1 - tap)
-            there = ((source >= 0) & (step < length))[:, None] & inside[None, :]
-            token = visited(tl.maximum(source, 0), order, length, slice_length)
-            place = ((row % batch).to(tl.int64) * length + token[:, None]) * x_row + d[None, :]
-            later += (by_tap[tap] + grad * tl.load(x + place, there, 0.0).to(tl.float32),)
+            later += (by_tap[tap] + grad * values[TAPS - 1 - tap],)
         by_tap = later
     program = row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     sums += program * (1 + TAPS) * channels
