@@ -90,7 +90,7 @@ def test_orders_may_take_turns(monkeypatch):
 
 
 def test_bfloat16_stays_within_its_rounding():
-    torch.manual_seed(2)
+    torch.manual_seed(3)
     x, *weights = random_mixers(1, 4, 4, 1)
     tensors = [x.detach().bfloat16().requires_grad_(), *weights]
     grad = torch.randn(1, 4, 4, device=DEVICE)
@@ -100,11 +100,11 @@ def test_bfloat16_stays_within_its_rounding():
     )
     assert [t.dtype for t in found[:3]] == [torch.bfloat16, torch.bfloat16, torch.float32]
     for value, exact in zip(found, expected, strict=True):
-        assert relative_error(value, exact) < 0.1
+        assert relative_error(value, exact) < 0.05
 
 
 def test_gate_projection_and_norm():
-    torch.manual_seed(3)
+    torch.manual_seed(4)
 
     def compare(function, exact, *tensors):
         wide = [t.detach().double().requires_grad_() for t in tensors]
