@@ -77,7 +77,9 @@ def arranged(levers: Sequence[str]) -> Iterator[None]:
     """A context in which `srlib.model` and `srlib.tom` compute with no other levers than these."""
     undone: dict[str, list[tuple[str, Any]]] = {
         "tom": [("srlib.tom.TriOrientedMamba.forward", tom_by_definition)],
-        "copies": [("srlib.scan.mixer._can_fuse", lambda *_: False)],
+        "copies": [
+            (f"srlib.scan.mixer.{name}", lambda *_: False) for name in ("_can_fuse", "in_triton")
+        ],
         "norms": [("srlib.model.recomputed", kept)],
     }
     with ExitStack() as stack:

@@ -28,7 +28,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srlib.recompute import recomputed
-from srlib.scan import ORDERS, mamba_mixer
+from srlib.scan import (
+    ORDERS,
+    Weights,
+    channel_norm,
+    gated,
+    in_triton,
+    mamba_mixer,
+    mamba_mixers,
+    project,
+)
 
 # Suffix of each order's own parameters in the published layout.
 SUFFIXES = {"forward": "", "reverse": "_b", "inter_slice": "_s"}
@@ -101,43 +110,50 @@ class TriOrientedMamba(nn.Module):
     def forward(self, tokens: Tensor, depth: int) -> Tensor:
         """Mix tokens (B, L, C) of a feature map with `depth` slices; returns (B, L, C)."""
         nslices = self.nslices or depth
-        into_x, into_z = self.in_proj.weight.chunk(2)
-        x = F.linear(tokens, into_x)  # (B, L, E)
-        y = self._mix(x, self.scan_orders[0], nslices)
-        for order in self.scan_orders[1:]:
-            y += self._mix(x, order, nslices)
+        if in_triton(tokens):  # one product for both is faster than z again is small
+            x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E)
+            gated_projection = partial(self._project, z)
+        else:
+            into_x, into_z = self.in_proj.weight.chunk(2)
+            x = F.linear(tokens, into_x)
+            gated_projection = partial(self._gated_projection, tokens, into_z)
+        weights = [
+            self._weights(*each) for each in zip(self.scan_orders, self._decays(x), strict=True)
+        ]
+        y = mamba_mixers(x, weights, self.scan_orders, nslices)
         # The gate acts token by token, so the three orders share it: it is applied once, to their sum.
         # It is cheaper to compute again in the backward pass than to keep.
-        return recomputed(y, partial(self._gated_projection, tokens, into_z))
+        return recomputed(y, gated_projection)
 
     def _mix(self, x: Tensor, order: str, nslices: int) -> Tensor:
         """One Mamba mixer without gate over x (B, L, E) visited in `order`; returns (B, L, E)."""
+        A = self._decays(x)[self.scan_orders.index(order)]
+        return mamba_mixer(x, *self._weights(order, A), order, nslices)
+
+    def _weights(self, order: str, A: Tensor) -> Weights:
+        """The weights of one order's mixer."""
         suffix = SUFFIXES[order]
         conv1d = cast(nn.Conv1d, self.get_submodule(f"conv1d{suffix}"))
         x_proj = cast(nn.Linear, self.get_submodule(f"x_proj{suffix}"))
         dt_proj = cast(nn.Linear, self.get_submodule(f"dt_proj{suffix}"))
-        return mamba_mixer(
-            x,
-            conv_weight=conv1d.weight[:, 0],
-            conv_bias=cast(Tensor, conv1d.bias),
-            x_proj=x_proj.weight,
-            dt_proj=dt_proj.weight,
-            dt_bias=dt_proj.bias,
-            A=self._decay(suffix, x),
-            D=self.get_parameter(f"D{suffix}"),
-            order=order,
-            nslices=nslices,
-        )
+        conv_bias = cast(Tensor, conv1d.bias)
+        projections = x_proj.weight, dt_proj.weight, dt_proj.bias
+        D = self.get_parameter(f"D{suffix}")
+        return Weights(conv1d.weight.squeeze(1), conv_bias, *projections, A, D)
 
-    def _decay(self, suffix: str, x: Tensor) -> Tensor:
-        """A (E, N) of one order: negative, the rate at which the state is forgotten."""
+    def _decays(self, x: Tensor) -> Sequence[Tensor]:
+        """A (E, N) of each order: negative, the rate at which the state is forgotten."""
         if self.recurrence:
-            return -torch.exp(self.get_parameter(f"A{suffix}_log"))
-        return x.new_full((self.d_inner, self.d_state), FORGET, dtype=torch.float32)
+            names = (f"A{SUFFIXES[order]}_log" for order in self.scan_orders)
+            return (-torch.exp(torch.stack([self.get_parameter(name) for name in names]))).unbind()
+        forget = x.new_full((self.d_inner, self.d_state), FORGET, dtype=torch.float32)
+        return [forget] * len(self.scan_orders)
 
     def _gated_projection(self, tokens: Tensor, into_z: Tensor, y: Tensor) -> Tensor:
-        z = F.linear(tokens, into_z)  # (B, L, E)
-        return self.out_proj(y * F.silu(z))
+        return self._project(F.linear(tokens, into_z), y)
+
+    def _project(self, z: Tensor, y: Tensor) -> Tensor:
+        return project(gated(y, z), self.out_proj).transpose(1, 2)
 
 
 class ToMLayer(nn.Module):
@@ -159,7 +175,7 @@ class ToMLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (B, C, D, H, W) -> (B, C, D, H, W)."""
-        tokens = x.flatten(2).transpose(1, 2)  # (B, C, D, H, W) -> (B, L, C)
-        mixed = self.mamba(self.norm(tokens), depth=x.shape[2])
+        tokens = channel_norm(x, self.norm)  # (B, C, D, H, W) -> (B, L, C)
+        mixed = self.mamba(tokens, depth=x.shape[2])
         out = mixed.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, L, C) -> (B, C, D, H, W)
         return x + out if self.residual else out

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from srlib import data, labels, tables
 from srlib.baselines import SMALL, build
+from srlib.captured import CapturedStep, capturable, set_learning_rate
 from srlib.checkpoints import (
     CheckpointError,
     Trained,
@@ -194,6 +195,8 @@ def _train(
     adamw = torch.optim.AdamW(network.parameters(), weight_decay=config.weight_decay, fused=True)
     model, optimizer = fabric.setup(network, adamw)
     history = _load_checkpoint(fabric, config, folder / "checkpoint.pt", network, adamw)
+    if fabric.device.type == "cuda":
+        capturable(adamw)
     loss_function = labels.loss_function(data.get(config.dataset))
 
     first_step = len(history)
@@ -208,17 +211,22 @@ def _train(
         disable=not fabric.is_global_zero or (None if progress is None else not progress),
     )
     model.train()
+
+    def forward_and_back(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_function(model(image), label)
+        fabric.backward(loss)
+        optimizer.step()
+        return loss.detach()
+
+    several = "several processes exchange gradients" if processes() > 1 else ""
+    take_step = CapturedStep(forward_and_back, several)
     start = time.perf_counter() - (history[-1][3] if history else 0.0)
     saved = time.perf_counter()
     for step, batch in enumerate(bar, start=first_step):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        loss = loss_function(model(batch["image"]), batch["label"])
-        optimizer.zero_grad()
-        fabric.backward(loss)
-        optimizer.step()
-
-        mean: Any = fabric.all_reduce(loss.detach(), reduce_op="mean")  # of the processes
+        set_learning_rate(adamw, learning_rate(config, step))
+        loss = take_step(batch["image"], batch["label"])
+        mean: Any = fabric.all_reduce(loss, reduce_op="mean")  # of the processes
         of_batch = float(mean)
         _check_finite(config, step, math.isfinite(of_batch))
         now = time.perf_counter()

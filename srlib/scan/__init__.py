@@ -15,10 +15,11 @@ pass.
 from __future__ import annotations
 
 from .choice import BackendState, backends
-from .mixer import mamba_mixer
+from .mixer import Weights, channel_norm, gated, in_triton, mamba_mixer, mamba_mixers, project
 from .operator import selective_scan
 from .orders import ORDERS, token_order
 
 __all__ = [
-    "ORDERS", "BackendState", "backends", "mamba_mixer", "selective_scan", "token_order",
+    "ORDERS", "BackendState", "Weights", "backends", "channel_norm", "gated", "in_triton", "mamba_mixer",
+    "mamba_mixers", "project", "selective_scan", "token_order",
 ]  # fmt: skip

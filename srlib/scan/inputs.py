@@ -72,15 +72,15 @@ def _check(axes: Mapping[str, str], tensors: Mapping[str, Tensor], wide: Sequenc
             raise ValueError(f"{name}: expected {like.dtype} as {first} is, got {t.dtype}")
 
 
-def check_mixer(tensors: Sequence[Tensor], order: str, nslices: int) -> None:
+def check_mixer(tensors: Sequence[Tensor], order: str, nslices: int, casts: bool = False) -> None:
     """Raise a ValueError that names the first argument of `mamba_mixer` that does not fit the others.
 
-    Under autocast all weights may be wider than x, else those that the scan takes.
+    Where the operator `casts`, as under autocast, all weights may be wider than x, else those that the scan takes.
     """
     x, conv_weight, conv_bias, x_proj, *others = tensors
     named = zip(MIXER_AXES, (x, conv_weight, conv_bias, *others, x_proj), strict=True)
-    cast = torch.is_autocast_enabled(x.device.type)
-    _check(MIXER_AXES, dict(named), wide=tuple(MIXER_AXES) if cast else ("dt_bias", "A", "D"))
+    casts = casts or torch.is_autocast_enabled(x.device.type)
+    _check(MIXER_AXES, dict(named), wide=tuple(MIXER_AXES) if casts else ("dt_bias", "A", "D"))
     check_order(order, nslices)
 
 

@@ -1,7 +1,8 @@
 """What surrounds a scan in Mamba: causal convolution, projections, scan (Gu and Dao 2023, figure 3).
 
-`mamba_mixer` is the composition as Mamba defines it. On the CPU, in float32, the operator
-`srlib::fused_mixer` computes the same in the scan's own way. It goes along the order of visit in
+`mamba_mixer` is the composition as Mamba defines it, `mamba_mixers` the sum of several over the same tokens. On a
+GPU `triton_mixer.py` computes the sum. On the CPU, in float32, the operator `srlib::fused_mixer` computes one in the
+scan's own way. It goes along the order of visit in
 stretches whose inner tensors stay in the cache: tokens are read and written where they lie, so that no
 permuted copy is made, and between its input and the states nothing of the sequence's length is ever
 stored - a stretch is computed again in the backward pass. Elsewhere the composition as a whole is
@@ -14,6 +15,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from srlib.recompute import recomputed
 
-from . import cpu
+from . import cpu, triton_mixer
 from .choice import backends, choose
 from .inputs import ScanInputs, check_gradient, check_mixer
 from .operator import (
@@ -33,6 +35,19 @@ from .operator import (
     selective_scan,
 )
 from .orders import token_order
+
+
+class Weights(NamedTuple):
+    """A mixer's, as `mamba_mixer` takes them."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+
 
 STRETCH = 2**19  # elements of an inner tensor, 2 MiB; about seven are in use
 
@@ -74,12 +89,56 @@ def mamba_mixer(
     Raises:
         ValueError: shapes, dtypes or devices do not fit (the message names the argument), or an unknown order.
     """
-    weights = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+    weights = Weights(conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
     check_mixer((x, *weights), order, nslices)
+    if in_triton(x):
+        return mamba_mixers(x, [weights], [order], nslices)
     if _can_fuse(x, conv_weight):
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
         return fused_mixer(x, *weights, order, nslices, keep)[0]
     return recomputed(x, functools.partial(_composed, weights, order, nslices))
+
+
+def mamba_mixers(
+    x: Tensor, weights: Sequence[Weights], orders: Sequence[str], nslices: int
+) -> Tensor:
+    """The sum of `mamba_mixer` over `orders`: tokens x (B, L, E) -> (B, L, E).
+
+    Args:
+        x: tokens in memory order.
+        weights: of each order.
+        orders: of the scans.
+        nslices: number of slices of the inter-slice order.
+    """
+    if in_triton(x):
+        by_kind = [t for kind in zip(*weights, strict=True) for t in kind]
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *by_kind))
+        return triton_mixer.mixers(x, by_kind, ",".join(orders), nslices, keep)[0]
+    y = mamba_mixer(x, *weights[0], orders[0], nslices)
+    for order, own in zip(orders[1:], weights[1:], strict=True):
+        y += mamba_mixer(x, *own, order, nslices)
+    return y
+
+
+def gated(y: Tensor, z: Tensor) -> Tensor:
+    """The gate, y silu(z)."""
+    return triton_mixer.silu_gate(y, z) if in_triton(y) else y * F.silu(z)
+
+
+def project(tokens: Tensor, linear: torch.nn.Linear) -> Tensor:
+    """Tokens (B, L, E) through a linear map without bias: a map (B, C, L), whatever its memory layout."""
+    if in_triton(tokens):
+        return triton_mixer.project(tokens, linear.weight)
+    return linear(tokens).transpose(1, 2)
+
+
+def channel_norm(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
+    """Tokens (B, L, C) of a map x (B, C, ...), normalised over their channels."""
+    x = x.flatten(2)
+    if not in_triton(x):
+        return norm(x.transpose(1, 2))
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return triton_mixer.channel_norm(x, norm.weight, norm.bias, norm.eps, dtype)
 
 
 def _composed(weights: Sequence[Tensor], order: str, nslices: int, x: Tensor) -> Tensor:
@@ -98,6 +157,11 @@ def scan_arguments(u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor) -> tup
     dt, B, C = F.linear(u.transpose(1, 2), x_proj).split(_sizes(dt_proj, A), dim=-1)
     delta, B, C = (t.transpose(1, 2) for t in (F.linear(dt, dt_proj), B, C))
     return delta, B, C
+
+
+def in_triton(x: Tensor) -> bool:
+    """Triton's kernels compute what concerns x."""
+    return x.is_cuda and backends()["triton"].available and not triton_mixer.refuses(x)
 
 
 def _can_fuse(x: Tensor, conv_weight: Tensor) -> bool:

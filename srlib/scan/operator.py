@@ -52,7 +52,9 @@ class _Library(torch.library.Library):
 
     def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
         def without_tangents(keyset: Any, *arguments: Any, **keywords: Any) -> Any:
-            tensors = [t for t in (*arguments, *keywords.values()) if isinstance(t, Tensor)]
+            given = (*arguments, *keywords.values())
+            listed = [t for each in given if isinstance(each, (list, tuple)) for t in each]
+            tensors = [t for t in (*given, *listed) if isinstance(t, Tensor)]
             if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
                 raise NotImplementedError(
                     f"srlib::{op_name} has no forward mode: differentiate it backwards, "

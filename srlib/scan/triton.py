@@ -114,7 +114,7 @@ class _Launch:
         """The states that chunks start from, written to `starts`."""
         with torch.cuda.device_of(self.A):
             _kernels().join[self.grid[1], self.sizes["states"], self.grid[2]](
-                ends, totals, self.A, starts, **self.sizes,
+                ends, totals, self.A, starts, batch=self.grid[2], **self.sizes,
                 ROWS=32, BLOCK=BLOCK, BACKWARDS=backwards, num_warps=1,
             )  # fmt: skip
         return starts

@@ -160,13 +160,17 @@ def _then(decay, h, later_decay, later_h):
     return decay * later_decay, later_decay * h + later_h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("batch", "chunks"))
 def join(
-    ends, totals, A, starts, chunks, channels: tl.constexpr, states: tl.constexpr,
+    ends, totals, A, starts, batch, chunks, channels: tl.constexpr, states: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
-    """From what each chunk adds to a zero state to the state that each chunk starts from."""
+    """From what each chunk adds to a zero state to the state that each chunk starts from.
+
+    Each `batch` of sequences has its own A.
+    """
     n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    A += (b // batch) * states * channels
     d = _apart(tl.program_id(0), BLOCK)
     r = tl.arange(0, ROWS)[:, None]
     inside = d < channels

@@ -1,0 +1,536 @@
+"""ToM's mixers, its gate and LayerNorm over channels on a GPU in Triton.
+
+`mixers` is the sum of `mamba_mixer` over orders. All orders go through the same launches:
+
+    forward    convolve      x -> u in each order of visit, the convolution with SiLU
+               two matrix products: u -> step sizes of rank R, B and C -> step sizes
+               walk, join, walk: the scan as in `triton.py`, y written where x lies
+               gate          the sum over orders
+    backward   all of it up to the step sizes again, then the scan's gradients, and the products'
+               through_silu  the gradient by the convolution's sums, and by its weights
+               unconvolve    the gradient by x, the sum over orders
+
+For the backward pass x and the scan's state before each chunk are kept. Decay and state are float32, sequences as
+wide as x is. Sums over tokens go by way of partial sums, without atomic additions: the same bits come out every time.
+Where one order fills the GPU, the orders take turns, so that what is computed again is there for one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import triton
+from .inputs import check_gradient, check_mixer
+from .operator import define, register_gradient, scan_backward_flops, scan_flops
+from .orders import ORDERS
+
+BLOCK = 32  # channels of a program of the scan, which is one warp
+PROGRAMS = (
+    132 * 32
+)  # chunks are long enough for no more: an H200 holds as many of `walk_orders` at once
+CHUNKS = (16, 256)  # shortest and longest chunk
+TILE = 8  # steps whose states the backward pass holds in registers
+REGISTERS = {"walk": 64, "backward": 128}  # of a thread; fewer let more programs run at once
+TOGETHER = 2**25  # elements of x times orders in one launch
+STEPS = 32  # steps of a program of the convolution, times 32 channels
+SUMS = 512  # programs that share a sum over tokens
+
+
+def _kernels() -> ModuleType:
+    from . import triton_mixer_kernels
+
+    return triton_mixer_kernels
+
+
+def refuses(x: Tensor) -> str:
+    """Why these kernels cannot take tokens or a map like `x`; empty where they can."""
+    if reason := triton.refuses(x.device, x.dtype):
+        return reason
+    return "" if math.prod(x.shape[1:]) < 2**31 else "an image's tensor of 2**31 elements or more"
+
+
+class _Orders:
+    """What the passes of some orders work with: sizes, weights and u, its projections and step sizes."""
+
+    def __init__(
+        self, x: Tensor, weights: Sequence[Tensor], orders: list[str], nslices: int
+    ) -> None:
+        conv, _, _, dt_proj, _, A, _ = weights[:: len(orders)]
+        (self.batch, self.length, channels), count = x.shape, len(orders)
+        self.x, self.count, self.rows = x, count, count * self.batch
+        self.channels, self.taps, self.states, self.ranks = (
+            channels,
+            conv.shape[1],
+            A.shape[1],
+            dt_proj.shape[1],
+        )
+        # Widths of matrices are multiples of 8, which the GPU's matrix units ask for.
+        self.rank = -(-self.ranks // 8) * 8
+        self.width = -(-(self.rank + 2 * self.states) // 8) * 8
+        self.blocks = -(-channels // BLOCK)
+        self._pack(weights)
+        self.padded = -(-self.length // TILE) * TILE
+        self.chunk = _chunk(x, count)
+        self.chunks = -(-self.padded // self.chunk)
+        self.steps = {
+            "orders": sum(ORDERS.index(order) << 2 * i for i, order in enumerate(orders)),
+            "length": self.length,
+            "padded": self.padded,
+            "slice_length": -(-self.length // nslices),
+            "batch": self.batch,
+            "channels": channels,
+            "BLOCK": BLOCK,
+        }
+        self.scan = {
+            **self.steps,
+            "chunks": self.chunks,
+            "per_chunk": self.chunk,
+            "states": self.states,
+            "ROW": self.width,
+            "RANK": self.rank,
+            "num_warps": 1,
+        }
+        self.wide = {"STATES": _power(self.states)}
+
+    def _pack(self, weights: Sequence[Tensor]) -> None:
+        def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return self.x.new_empty(self.count, *shape, dtype=dtype)
+
+        channels, half = self.channels, self.x.dtype
+        self.conv = room(channels, self.taps), room(channels)
+        self.x_proj = room(self.width, channels, dtype=half)
+        self.dt_proj = room(channels, self.rank, dtype=half)
+        self.bias, self.A, self.D = room(channels), room(self.states, channels), room(channels)
+        kinds = [tuple(weights[i : i + self.count]) for i in range(0, len(weights), self.count)]
+        with torch.cuda.device_of(self.x):
+            _kernels().pack[self.blocks, self.count](
+                *(tuple(t.contiguous() for t in kind) for kind in kinds),
+                *self.conv, self.x_proj, self.dt_proj, self.bias, self.A, self.D,
+                count=self.count, channels=channels, TAPS=self.taps, states=self.states, ranks=self.ranks,
+                RANK=self.rank, WIDTH=self.width, FEW=_power(max(self.taps, self.states, self.rank)),
+                WIDE=_power(self.width), BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
+
+    def tiled(
+        self, kernel: str, rows: int, *arguments: Any, programs: int = 0, **more: int
+    ) -> None:
+        """Launch a kernel whose programs have `STEPS` steps each, or so many programs."""
+        grid = (programs or -(-self.padded // STEPS), self.blocks, rows)
+        with torch.cuda.device_of(self.x):
+            getattr(_kernels(), kernel)[grid](
+                *arguments, **self.steps, **more, TAPS=self.taps, STEPS=STEPS, num_warps=4
+            )
+
+    def scanned(self, kernel: str, *arguments: Any, **more: int) -> None:
+        """Launch a kernel that goes through the sequences."""
+        with torch.cuda.device_of(self.x):
+            getattr(_kernels(), kernel)[self.chunks, self.blocks, self.rows](
+                *arguments, **self.scan, **more
+            )
+
+    def join(self, ends: Tensor, totals: Tensor, backwards: bool, starts: Tensor) -> Tensor:
+        """The states that chunks start from, written to `starts`."""
+        with torch.cuda.device_of(self.x):
+            triton._kernels().join[self.blocks, self.states, self.rows](
+                ends, totals, self.A, starts, batch=self.batch, chunks=self.chunks,
+                channels=self.channels, states=self.states, ROWS=32, BLOCK=BLOCK,
+                BACKWARDS=backwards, num_warps=1,
+            )  # fmt: skip
+        return starts
+
+    def room(self, *rows: int) -> Tensor:
+        """Float32 room for `rows` of channels of each chunk."""
+        return self.A.new_empty(self.rows, self.chunks, *rows, self.channels)
+
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the order of visit, u, the rows of step size, B and C, and the step sizes: (orders, B * padded, .)."""
+        u = self.x.new_empty(self.count, self.batch * self.padded, self.channels)
+        self.tiled("convolve", self.rows, self.x, self.x.stride(1), u, *self.conv)
+        rows = torch.bmm(u, self.x_proj.mT)
+        return u, rows, torch.bmm(rows[..., : self.rank], self.dt_proj.mT)
+
+    def forward(self, y: Tensor, states: Tensor | None) -> None:
+        """Write y (orders, B, L, E) and, where they are kept, the states."""
+        u, rows, delta = self.sequences()
+        ends, totals = self.room(self.states), self.room()
+        given = u, delta, rows, self.A, self.D, self.bias
+        more = {**self.wide, "maxnreg": REGISTERS["walk"]}
+        self.scanned("walk_orders", *given, None, ends, totals, None, **more)
+        starts = torch.empty_like(ends) if states is None else states
+        self.join(ends, totals, False, starts)
+        self.scanned("walk_orders", *given, starts, None, None, y, **more)
+
+    def backward(self, grad: Tensor, states: Tensor, du: Tensor) -> tuple[Tensor, ...]:
+        """Write du (orders, B * padded, E); returns the gradients by x_proj, dt_proj, dt_bias, A and D."""
+        u, rows, delta = self.sequences()
+        filled = self.rank + 2 * self.states  # of the width
+        d_rows = torch.empty_like(rows)
+        if self.width > filled:
+            d_rows[..., filled:] = 0
+        weights = d_rows[..., self.rank :]
+        parts = weights
+        if self.blocks > 1:
+            parts = self.A.new_empty(self.blocks, self.count, u.shape[1], 2 * self.states)
+        tile_starts = self.A.new_empty(self.rows, self.padded // TILE, *self.A.shape[1:])
+        carries, totals = torch.empty_like(states), self.room()
+        tiles = {"DROW": parts.stride(-2), "TILE": TILE, "maxnreg": REGISTERS["backward"]}
+        self.scanned(
+            "carries_of_orders", u, delta, rows, grad, self.A, self.bias, states, tile_starts, carries, totals,
+            parts[..., self.states :], **tiles, **self.wide,
+        )  # fmt: skip
+        after = self.join(carries, totals, True, torch.empty_like(carries))
+        sums = self.room(self.states + 2)
+        self.scanned(
+            "gradients_of_orders", u, delta, rows, grad, du, self.A, self.D, self.bias, tile_starts, after,
+            parts, sums, **tiles,
+        )  # fmt: skip
+        del tile_starts
+        if self.blocks > 1:
+            tokens = parts[0, ..., 0].numel()
+            with torch.cuda.device_of(self.x):
+                _kernels().sum_blocks[-(-tokens // 64),](
+                    parts, weights, tokens, blocks=self.blocks, width=2 * self.states, ROW=self.width,
+                    STEPS=64, WIDE=_power(2 * self.states), num_warps=4,
+                )  # fmt: skip
+        torch.bmm(delta, self.dt_proj, out=d_rows[..., : self.rank])  # delta is its gradient by now
+        du.baddbmm_(d_rows, self.x_proj)
+        zeros = self.rank - self.ranks
+        d_dt_proj = _by_weights(delta, rows[..., zeros : self.rank])
+        d_x_proj = _by_weights(d_rows, u)[:, zeros:filled]
+        total = sums.unflatten(0, (self.count, -1)).sum((1, 2))  # (orders, N + 2, E)
+        return d_x_proj, d_dt_proj, total[:, -1], total[:, :-2].mT, total[:, -2]
+
+    def unconvolved(self, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients by x and by the convolution's weights and bias; `du` is used up."""
+        programs = min(SUMS, -(-self.length // STEPS))
+        sums = self.room().new_empty(self.rows, programs, (1 + self.taps) * self.channels)
+        self.tiled(
+            "through_silu",
+            self.rows,
+            self.x,
+            self.x.stride(1),
+            du,
+            *self.conv,
+            sums,
+            programs=programs,
+        )
+        dx = self.x.new_empty(self.x.shape)
+        self.tiled("unconvolve", self.batch, du, self.conv[0], dx, count=self.count)
+        bias, weight = (
+            sums.unflatten(0, (self.count, -1)).sum((1, 2)).tensor_split([self.channels], 1)
+        )
+        return dx, weight.unflatten(1, (-1, self.taps)), bias
+
+
+def _by_weights(a: Tensor, b: Tensor) -> Tensor:
+    """The sums over t of a (orders, T, M) times b (orders, T, N): (orders, M, N), in pieces that a GPU does at once."""
+    pieces = math.gcd(a.shape[1], 256) if a.shape[1] > 4096 else 1
+    a, b = (t.unflatten(1, (pieces, -1)).flatten(0, 1) for t in (a, b))
+    wide = a.is_cuda and a.dtype != torch.float32
+    products = torch.bmm(a.mT, b, torch.float32) if wide else torch.bmm(a.mT, b)
+    return products if pieces == 1 else products.unflatten(0, (-1, pieces)).sum(1)
+
+
+def _power(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
+
+
+def _chunk(x: Tensor, count: int) -> int:
+    """Steps in a chunk of `count` orders, whole tiles."""
+    batch, length, channels = x.shape
+    wanted = count * batch * -(-channels // BLOCK) * length / PROGRAMS
+    shortest, longest = CHUNKS
+    return min(longest, max(shortest, TILE * math.ceil(wanted / TILE)))
+
+
+def _together(x: Tensor, count: int) -> int:
+    """Orders in a launch."""
+    return max(1, min(count, TOGETHER // x.numel()))
+
+
+def _parts(
+    x: Tensor, weights: Sequence[Tensor], orders: str, nslices: int
+) -> Iterator[tuple[slice, _Orders]]:
+    """The orders that go together, one lot after the other: which they are, and what they work with."""
+    names = orders.split(",")
+    together = _together(x, len(names))
+    kinds = [weights[i : i + len(names)] for i in range(0, len(weights), len(names))]
+    for first in range(0, len(names), together):
+        part = slice(first, first + together)
+        own = [t for kind in kinds for t in kind[part]]
+        yield part, _Orders(x, own, names[part], nslices)
+
+
+def _check(x: Tensor, weights: Sequence[Tensor], orders: str, nslices: int) -> None:
+    names = orders.split(",")
+    if len(weights) != 7 * len(names):
+        raise ValueError(f"weights: expected 7 for each of {orders}, got {len(weights)}")
+    for i, order in enumerate(names):
+        check_mixer((x, *weights[i :: len(names)]), order, nslices, casts=True)
+
+
+def _states_shape(x: Tensor, weights: Sequence[Tensor], orders: str) -> tuple[int, ...]:
+    """Shape of the states before each chunk, (orders, B, chunks, N, E)."""
+    (batch, length, channels), count = x.shape, orders.count(",") + 1
+    padded = -(-length // TILE) * TILE
+    chunks = -(-padded // _chunk(x, _together(x, count)))
+    return count, batch, chunks, weights[5 * count].shape[1], channels
+
+
+def _states(x: Tensor, weights: Sequence[Tensor], orders: str, keep: bool) -> Tensor:
+    """Room for those states, empty unless kept."""
+    shape = _states_shape(x, weights, orders) if keep else (0,)
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Tokens x (B, L, E), each a contiguous row at the same distance from the next."""
+    fits = x.stride(2) == 1 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return x if fits else x.contiguous()
+
+
+@define("mixers")
+def mixers(
+    x: Tensor, weights: Sequence[Tensor], orders: str, nslices: int, keep_states: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum of `mamba_mixer` over orders, and the states that its backward pass starts from.
+
+    Args:
+        x: tokens (B, L, E) in memory order, which may be parts of longer rows.
+        weights: the seven kinds that a mixer has, of each the orders' own, one after the other.
+        orders: their names, separated by commas.
+        nslices: number of slices of the inter-slice order.
+        keep_states: for the backward pass.
+    """
+    _check(x, weights, orders, nslices)
+    x = _rows(x)
+    states = _states(x, weights, orders, keep_states)
+    with torch.autocast(x.device.type, enabled=False):
+        y = x.new_empty(orders.count(",") + 1, *x.shape)
+        for part, work in _parts(x, weights, orders, nslices):
+            work.forward(y[part], states[part].flatten(0, 1) if keep_states else None)
+        return _gated(y, None), states
+
+
+@define("mixers_backward")
+def mixers_backward(
+    grad: Tensor, states: Tensor, x: Tensor, weights: Sequence[Tensor], orders: str, nslices: int
+) -> list[Tensor]:
+    """Gradients of x and of all weights, in their order."""
+    _check(x, weights, orders, nslices)
+    check_gradient(grad, states, x, _states_shape(x, weights, orders))
+    x, grad = _rows(x), grad.contiguous()
+    padded, count = -(-x.shape[1] // TILE) * TILE, orders.count(",") + 1
+    with torch.autocast(x.device.type, enabled=False):
+        found, du = [], x.new_empty(count, x.shape[0] * padded, x.shape[2])
+        for part, work in _parts(x, weights, orders, nslices):
+            found.append(work.backward(grad, states[part].flatten(0, 1), du[part]))
+        whole = work if len(found) == 1 else _Orders(x, weights, orders.split(","), nslices)
+        dx, *d_conv = whole.unconvolved(du)
+    gradients = [t for kind in d_conv for t in kind]
+    gradients += [t for kind in zip(*found, strict=True) for part in kind for t in part]
+    return [dx, *(g.to(t.dtype) for g, t in zip(gradients, weights, strict=True))]
+
+
+@torch.library.register_fake("srlib::mixers")
+def _fake(x, weights, orders, nslices, keep_states):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), _states(x, weights, orders, keep_states)
+
+
+@torch.library.register_fake("srlib::mixers_backward")
+def _backward_fake(grad, states, x, weights, orders, nslices):  # type: ignore[no-untyped-def]
+    return [x.new_empty(x.shape), *(t.new_empty(t.shape) for t in weights)]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weights, *ctx.options, keep_states = inputs
+    if not keep_states:
+        raise RuntimeError("srlib::mixers: a gradient needs keep_states=True")
+    ctx.save_for_backward(output[1], x, *weights)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros as large as the states
+
+
+def _gradient(ctx, grad, _):  # type: ignore[no-untyped-def]
+    states, x, *weights = ctx.saved_tensors
+    dx, *by_weights = mixers_backward(grad, states, x, weights, *ctx.options)
+    return dx, by_weights, None, None, None
+
+
+register_gradient("mixers", _gradient, _setup_context)
+
+
+def _counted(x, weights, orders) -> tuple[int, list[int], int]:  # type: ignore[no-untyped-def]
+    """Products of tokens' channels with weights before the scans; shape of an order's A; the orders."""
+    count = orders.count(",") + 1
+    conv, _, x_proj, dt_proj, _, A, _ = weights[::count]
+    return count * math.prod(x) * (conv[1] + x_proj[0] + dt_proj[1]), A, count
+
+
+@register_flop_formula(mixers)
+def _flops(x, weights, orders, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    """As those of `fused_mixer`, for all orders."""
+    products, A, count = _counted(x, weights, orders)
+    return 2 * products + count * scan_flops(x, A, D=True)
+
+
+@register_flop_formula(mixers_backward)
+def _backward_flops(grad, states, x, weights, orders, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    """As those of `fused_mixer_backward`, for all orders."""
+    products, A, count = _counted(x, weights, orders)
+    return 6 * products + count * scan_backward_flops(x, A, D=True)
+
+
+def _launch_gate(kernel: str, tokens: Tensor, *arguments: Any, **more: int) -> None:
+    """Launch a kernel of the gate over tokens (B, L, E)."""
+    count, channels = tokens[..., 0].numel(), tokens.shape[-1]
+    with torch.cuda.device_of(tokens):
+        getattr(_kernels(), kernel)[-(-count // STEPS), -(-channels // BLOCK)](
+            *arguments, count, **more, channels=channels, STEPS=STEPS, BLOCK=BLOCK, num_warps=4
+        )
+
+
+def _gated(y: Tensor, z: Tensor | None) -> Tensor:
+    """The sum of y (orders, B, L, E) over orders, times silu(z)."""
+    out = torch.empty_like(y[0])
+    row = 0 if z is None else z.stride(1)
+    _launch_gate("gate", out, y, z, row, out, count=len(y))
+    return out
+
+
+@define("silu_gate")
+def silu_gate(y: Tensor, z: Tensor) -> Tensor:
+    """The gate, y silu(z), of tokens (B, L, E)."""
+    return _gated(y.contiguous()[None], _rows(z))
+
+
+@define("silu_gate_backward")
+def silu_gate_backward(grad: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
+    """Gradients of both arguments of `silu_gate`."""
+    grad, y, z = grad.contiguous(), y.contiguous(), _rows(z)
+    dy, dz = torch.empty_like(y), z.new_empty(z.shape)
+    _launch_gate("gate_backward", y, grad, y, z, z.stride(1), dy, dz)
+    return [dy, dz]
+
+
+@torch.library.register_fake("srlib::silu_gate")
+def _gate_fake(y, z):  # type: ignore[no-untyped-def]
+    return y.new_empty(y.shape)
+
+
+@torch.library.register_fake("srlib::silu_gate_backward")
+def _gate_backward_fake(grad, y, z):  # type: ignore[no-untyped-def]
+    return [y.new_empty(y.shape), z.new_empty(z.shape)]
+
+
+register_gradient(
+    "silu_gate",
+    lambda ctx, grad: tuple(silu_gate_backward(grad, *ctx.saved_tensors)),
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@define("project")
+def project(tokens: Tensor, weight: Tensor) -> Tensor:
+    """A linear map from tokens (B, L, E) by weight (C, E) to a map (B, C, L), in the tokens' type."""
+    return torch.bmm(weight.to(tokens.dtype).expand(len(tokens), -1, -1), tokens.mT)
+
+
+@define("project_backward")
+def project_backward(grad: Tensor, tokens: Tensor, weight: Tensor) -> list[Tensor]:
+    """Gradients of both arguments of `project`."""
+    grad = grad.contiguous()
+    by_tokens = torch.bmm(grad.mT, weight.to(grad.dtype).expand(len(grad), -1, -1))
+    by_weight = grad.transpose(0, 1).flatten(1) @ tokens.flatten(0, 1)
+    return [by_tokens, by_weight.to(weight.dtype)]
+
+
+@torch.library.register_fake("srlib::project")
+def _project_fake(tokens, weight):  # type: ignore[no-untyped-def]
+    return tokens.new_empty(tokens.shape[0], weight.shape[0], tokens.shape[1])
+
+
+@torch.library.register_fake("srlib::project_backward")
+def _project_backward_fake(grad, tokens, weight):  # type: ignore[no-untyped-def]
+    return [tokens.new_empty(tokens.shape), torch.empty_like(weight)]
+
+
+register_gradient(
+    "project",
+    lambda ctx, grad: tuple(project_backward(grad, *ctx.saved_tensors)),
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def _norm_tile(channels: int) -> dict[str, int]:
+    """Channels and tokens of a program of LayerNorm: about 4096 elements."""
+    padded = _power(channels)
+    return {"CHANNELS": padded, "TOKENS": max(8, min(64, 4096 // padded)), "num_warps": 4}
+
+
+@define("channel_norm")
+def channel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm over the channels of a map x (B, C, L): tokens (B, L, C) of that type."""
+    batch, channels, length = x.shape
+    out = x.new_empty(batch, length, channels, dtype=dtype)
+    tile = _norm_tile(channels)
+    with torch.cuda.device_of(x):
+        _kernels().norm[-(-length // tile["TOKENS"]), batch](
+            x, x.stride(), weight.float(), bias.float(), out, length, channels, eps, **tile
+        )
+    return out
+
+
+@define("channel_norm_backward")
+def channel_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> list[Tensor]:
+    """Gradients by x, weight and bias."""
+    batch, channels, length = x.shape
+    tile = _norm_tile(channels)
+    programs = min(SUMS, -(-length // tile["TOKENS"]))
+    sums = x.new_empty(batch, programs, 2, channels, dtype=torch.float32)
+    dx = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _kernels().norm_backward[programs, batch](
+            x,
+            x.stride(),
+            weight.float(),
+            grad.contiguous(),
+            dx,
+            sums,
+            length,
+            channels,
+            eps,
+            **tile,
+        )
+    by_weight, by_bias = sums.sum((0, 1)).unbind()
+    return [dx, by_weight.to(weight.dtype), by_bias.to(weight.dtype)]
+
+
+@torch.library.register_fake("srlib::channel_norm")
+def _norm_fake(x, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], dtype=dtype)
+
+
+@torch.library.register_fake("srlib::channel_norm_backward")
+def _norm_backward_fake(grad, x, weight, eps):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)]
+
+
+def _norm_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, _, ctx.eps, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+register_gradient(
+    "channel_norm",
+    lambda ctx, grad: (*channel_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None, None),
+    _norm_context,
+)

@@ -1,0 +1,55 @@
+"""A captured step gives the weights of steps without a graph, and says why it is not captured where it is not."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from srlib.captured import WARM_UP, CapturedStep, capturable, set_learning_rate
+
+
+def weights_after(
+    steps: int, device: str, captured: bool
+) -> tuple[list[torch.Tensor], CapturedStep]:
+    """Weights after some steps with a new batch and learning rate each."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 1)).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    capturable(optimizer)
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (network(x) - y).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    take_step = CapturedStep(step, "" if captured else "as it is")
+    for i in range(steps):
+        set_learning_rate(optimizer, 0.1 / (i + 1))
+        x = torch.randn(4, 8).to(device)
+        take_step(x, x.sum(1, keepdim=True))
+    return list(network.parameters()), take_step
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing can be captured")
+def test_captured_steps_give_the_weights_of_steps_as_they_are():
+    expected, _ = weights_after(WARM_UP + 5, "cuda", captured=False)
+    found, step = weights_after(WARM_UP + 5, "cuda", captured=True)
+    assert step.graph is not None, step.reason
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_elsewhere_steps_run_as_they_are_and_the_log_says_why(caplog):
+    with caplog.at_level(logging.INFO, logger="srlib.train"):
+        found, step = weights_after(5, "cpu", captured=True)
+    assert step.graph is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "training steps are not captured: tensors are on cpu"
+    ]
+    expected, _ = weights_after(5, "cpu", captured=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
