@@ -19,13 +19,11 @@ cases and other seeds (`gains`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader
 
 from srlib import grid, paths, statistics, tables
 from srlib.baselines import PEERS, SMALL
@@ -272,19 +270,3 @@ def table() -> pd.DataFrame:
         rows, columns=["claim", "verdict", "measured here", "interval", "published"]
     )
     return found[["claim", "verdict", "published", "measured here", "interval"]]
-
-
-def written(markdown: str) -> dict[str, str]:
-    """Claims and verdicts of a text: its paragraphs `**claim: verdict.** ...` and rows `| claim | verdict | ...`."""
-    claims = "|".join(map(re.escape, sorted(CLAIMS, key=len, reverse=True)))
-    verdicts = "|".join((PART, HOLDS, FAILS, UNTESTED))
-    found = re.findall(
-        rf"(?m)^(?:\*\*|\| )({claims})(?:: | \| )({verdicts})(?:\.\*\*| \|)", markdown
-    )
-    return dict(found)
-
-
-def html(claims: pd.DataFrame) -> str:
-    """A table of claims as HTML, with a caption and headers that a screen reader announces."""
-    environment = Environment(loader=PackageLoader("srlib", "."), autoescape=True, trim_blocks=True)
-    return environment.get_template("claims.html.j2").module.table(claims.to_dict("records"))  # type: ignore[attr-defined]

@@ -128,6 +128,12 @@ def write_index(results: Path, manifest: Mapping[str, Any]) -> Path:
     return results / "index.html"
 
 
+def claims_table(claims: pd.DataFrame) -> str:
+    """A table of claims as HTML, with a caption and headers that a screen reader announces."""
+    template = _environment().get_template("claims.html.j2")
+    return template.module.table(claims.to_dict("records"))  # type: ignore[attr-defined]
+
+
 def duration(seconds: float) -> str:
     """Seconds as people read them: `7 s`, `2 min 05 s`, `3 h 20 min`."""
     minutes, rest = divmod(round(seconds), 60)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from srlib import claims, data, grid, paths
+from srlib import claims, data, grid, paths, site
 from srlib.baselines import SMALL
 from srlib.claims import FAILS, HOLDS, PART, UNTESTED
 
@@ -165,11 +165,19 @@ def test_the_table_has_a_row_for_each_claim_and_reads_as_html():
     table = claims.table()
     assert len(table) == 9
     assert table["verdict"].isin([HOLDS, PART, FAILS, UNTESTED]).all()
-    page = BeautifulSoup(claims.html(table), "html.parser")
+    page = BeautifulSoup(site.claims_table(table), "html.parser")
     assert page.caption.text
     assert [cell.text for cell in page.select("th[scope=col]")] == [*table]
     assert [cell.text for cell in page.select("th[scope=row]")] == [*table["claim"]]
     assert [cell.text for cell in page.select("strong")] == [*table["verdict"]]
+
+
+def written(text):
+    """Claims and verdicts of a text: its paragraphs `**claim: verdict.** ...` and rows `| claim | verdict | ...`."""
+    names = "|".join(map(re.escape, claims.CLAIMS))
+    verdicts = "|".join((PART, HOLDS, FAILS, UNTESTED))
+    pattern = rf"(?m)^(?:\*\*|\| )({names})(?:: | \| )({verdicts})(?:\.\*\*| \|)"
+    return dict(re.findall(pattern, text))
 
 
 @pytest.fixture
@@ -183,8 +191,8 @@ def test_the_verdicts_written_in_07_and_the_readme_are_those_of_the_rules(table)
     cells = nbformat.read(paths.NOTEBOOKS / "07_claims.ipynb", as_version=4).cells
     text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
-    for written in (text, readme):
-        assert claims.written(written) == table["verdict"].to_dict()
+    for page in (text, readme):
+        assert written(page) == table["verdict"].to_dict()
 
 
 def test_the_numbers_written_in_the_readme_are_those_of_the_table(table):
@@ -192,7 +200,7 @@ def test_the_numbers_written_in_the_readme_are_those_of_the_table(table):
         r"[+-]?\d+\.\d+ (?:x|v\.|M|points|and)(?: (?:SegResMamba, released|[^,;|]+?)(?=[,;] | \|))?"
     )
     readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
-    rows = {claim: line for line in readme.splitlines() for claim in claims.written(line)}
+    rows = {claim: line for line in readme.splitlines() for claim in written(line)}
     for claim, line in rows.items():
         shown = line.partition(claim)[2].replace(" but ", " ")
         there = f"{table['published'][claim]}, {table['measured here'][claim]}"
@@ -203,4 +211,4 @@ def test_the_numbers_written_in_the_readme_are_those_of_the_table(table):
 def test_verdicts_are_found_in_paragraphs_and_rows():
     first, second = [*claims.CLAIMS][:2]
     text = f"**{first}: holds in part.** Because.\n\n| {second} | does not hold | 1 |\n**{second}**"
-    assert claims.written(text) == {first: PART, second: FAILS}
+    assert written(text) == {first: PART, second: FAILS}

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -23,20 +24,6 @@ from srlib import grid, paths, plots, statistics, train
 from srlib.__main__ import app
 from srlib.runs import RunConfig, run_id
 
-
-@pytest.fixture(autouse=True)
-def reference(tmp_path, monkeypatch):
-    """A reference folder of its own, in which the learning-rate search is done: 4e-3 is best for `none`."""
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
-    table = pd.DataFrame({"system": [*grid.SYSTEMS], "step_seconds": 0.4})
-    (tmp_path / "cpu").mkdir()
-    table.to_csv(tmp_path / "cpu" / "systems.csv", index=False)
-    for config, _ in grid.planned("rates"):
-        best = 4e-3 if config.system == "none" else 2e-3
-        keep(config, dice=0.8 + (config.learning_rate == best) / 10)
-    return tmp_path
-
-
 RECORD = {"device_name": "a device", "training_seconds": 9.5, "commit": "abc"}
 
 
@@ -44,6 +31,29 @@ def keep(config: RunConfig, dice: float = 0.9) -> None:
     """Put down what a run would leave."""
     row = dict.fromkeys(grid.COLUMNS, 1.0) | {"case": "007", "class": "anterior", "dice": dice}
     grid.keep(config, pd.DataFrame([row]).to_csv(index=False), RECORD)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A reference folder in which the learning-rate search is done: 4e-3 is best for `none`."""
+    folder = tmp_path_factory.mktemp("reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "REFERENCE", folder)
+        table = pd.DataFrame({"system": [*grid.SYSTEMS], "step_seconds": 0.4})
+        (folder / "cpu").mkdir()
+        table.to_csv(folder / "cpu" / "systems.csv", index=False)
+        for config, _ in grid.planned("rates"):
+            best = 4e-3 if config.system == "none" else 2e-3
+            keep(config, dice=0.8 + (config.learning_rate == best) / 10)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def reference(searched, tmp_path, monkeypatch):
+    """A copy of it for each test."""
+    shutil.copytree(searched, tmp_path / "reference")
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+    return tmp_path / "reference"
 
 
 class Here(Executor):
