@@ -164,6 +164,7 @@ def test(context: typer.Context) -> None:
         raise ImportError('the tests need the extra "dev": pip install -e ".[dev]"')
     os.chdir(paths.ROOT)
     os.environ["SRLIB_PROFILE"] = "smoke"
+    os.environ["SRLIB_INTERACTIVE"] = "1"  # cells with explorers are executed, too
     notebooks = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1200"]
     notebooks += ["--nbval-sanitize-with", "tests/nbval_sanitize.cfg", "notebooks"]
     arguments = context.args or ["tests", *notebooks]

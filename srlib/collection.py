@@ -58,8 +58,8 @@ class NotebookError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one run of the collection executes: a profile, a data set and notebooks in order."""
+class Collection:
+    """A profile, a data set and notebooks in order, as one run executes them."""
 
     profile: str
     dataset: str
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What was written down so far about what is in that folder.
+        """Record of what is in that folder.
 
         Raises:
             ValueError: a manifest that is broken, or names an output that is outside of the folder's
@@ -95,7 +95,7 @@ class Plan:
         }
 
     def executed(self, notebook: Path, suffix: str = ".ipynb") -> Path:
-        """Where the executed copy of a notebook goes; with another suffix its page or its log."""
+        """Path of the executed copy of a notebook; with another suffix, of its page or its log."""
         return self.results / "notebooks" / (notebook.stem + suffix)
 
 
@@ -105,7 +105,7 @@ def plan(
     only: Sequence[str] = (),
     folder: Path = paths.NOTEBOOKS,
     seed: int = 0,
-) -> Plan:
+) -> Collection:
     """Check every name before anything runs.
 
     Args:
@@ -117,14 +117,14 @@ def plan(
 
     Raises:
         ValueError: an unknown profile, data set or notebook, a notebook whose parameters cannot be filled, or what
-            `Plan.manifest` refuses.
+            `Collection.manifest` refuses.
         FileNotFoundError: the data set is not on this machine.
     """
     profiles.get(profile)
     if not data.get(dataset).virtual:
         data.find(dataset)
     chosen = tuple(select(find_notebooks(folder), only))
-    made = Plan(profile, data.get(dataset).name, chosen, seed)
+    made = Collection(profile, data.get(dataset).name, chosen, seed)
     for notebook in chosen:
         parameters_for(made, notebook)
     made.manifest  # noqa: B018 - refused now rather than after the first notebook
@@ -151,7 +151,7 @@ def find_notebooks(folder: Path = paths.NOTEBOOKS) -> list[Path]:
 
 
 def select(notebooks: Sequence[Path], only: Iterable[str]) -> list[Path]:
-    """Those notebooks that `only` names by number or by name; all when it names none."""
+    """Notebooks that `only` names by number or by name; all when it names none."""
     names = {notebook.stem: notebook for notebook in notebooks}
     numbers = {notebook.stem[:2]: notebook for notebook in notebooks}
     chosen = []
@@ -163,13 +163,13 @@ def select(notebooks: Sequence[Path], only: Iterable[str]) -> list[Path]:
     return [notebook for notebook in notebooks if not chosen or notebook in chosen]
 
 
-def solutions(plan: Plan) -> Plan:
+def solutions(plan: Collection) -> Collection:
     """The solutions of the plan's notebooks: left out of a run, executed by the tests and by `store_outputs`."""
     files = [n.parent / "solutions" / f"{n.stem}_solutions.ipynb" for n in plan.notebooks]
     return dataclasses.replace(plan, notebooks=tuple(file for file in files if file.exists()))
 
 
-def parameters_for(plan: Plan, notebook: Path) -> dict[str, Any]:
+def parameters_for(plan: Collection, notebook: Path) -> dict[str, Any]:
     """Values for what the notebook's cell tagged `parameters` declares.
 
     Papermill itself only warns of a name that does not match, and the notebook would then quietly run with its
@@ -193,7 +193,7 @@ def parameters_for(plan: Plan, notebook: Path) -> dict[str, Any]:
     return {name: values[name] for name in declared}
 
 
-def stamp(plan: Plan, notebook: Path) -> str:
+def stamp(plan: Collection, notebook: Path) -> str:
     """A hash of everything that the notebook's results depend on, see the text above."""
     made_with = provenance.describe()
     contents = {
@@ -211,8 +211,8 @@ def stamp(plan: Plan, notebook: Path) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_current(plan: Plan, notebook: Path) -> bool:
-    """Whether the notebook was computed, nothing it depends on has changed and all it wrote is there."""
+def is_current(plan: Collection, notebook: Path) -> bool:
+    """True when the notebook was computed, nothing it depends on has changed and all it wrote is there."""
     entry = plan.manifest["notebooks"].get(notebook.stem)
     if entry is None or entry["stamp"] != stamp(plan, notebook):
         return False
@@ -221,7 +221,7 @@ def is_current(plan: Plan, notebook: Path) -> bool:
     return all(file.exists() for file in needed)
 
 
-def run(plan: Plan, force: bool = False) -> None:
+def run(plan: Collection, force: bool = False) -> None:
     """Check the data, execute the plan's notebooks in order, print one line for each, and sum up.
 
     Raises:
@@ -234,8 +234,8 @@ def run(plan: Plan, force: bool = False) -> None:
         _fill(plan, force)
 
 
-def _fill(plan: Plan, force: bool) -> None:
-    """What `run` does as soon as no other process works in the results folder."""
+def _fill(plan: Collection, force: bool) -> None:
+    """Execute what is not current, in a results folder that no other process works in."""
     start = time.perf_counter()
     width = max(len(notebook.stem) for notebook in plan.notebooks)
     computed = 0
@@ -267,14 +267,14 @@ def _fill(plan: Plan, force: bool) -> None:
         print(reference.verdict(reference.compare(plan.profile, plan.dataset, done)))
 
 
-def execute(plan: Plan, notebook: Path) -> float:
+def execute(plan: Collection, notebook: Path) -> float:
     """Execute one notebook from its source; write its page and its entry in the manifest.
 
     Returns:
         Seconds that it took.
 
     Raises:
-        NotebookError: names the cell and the log; the notebook as far as it came is kept beside the log.
+        NotebookError: names the cell and the log; the notebook with the outputs so far is kept beside the log.
     """
     import papermill
 
@@ -332,7 +332,7 @@ def kernel_environment(profile: str) -> Iterator[None]:
             yield
 
 
-def store_outputs(plan: Plan) -> None:
+def store_outputs(plan: Collection) -> None:
     """Copy what the plan's last run displayed into the committed notebooks, for maintainers.
 
     Their solutions, which no run executes, are executed first. Outputs only: times, papermill's metadata and the
@@ -402,7 +402,7 @@ def _failing_cell(failed: Path) -> int:
     return max((n for n, state in enumerate(states, 1) if state != "pending"), default=1)
 
 
-def _record(plan: Plan, notebook: Path, entry: dict[str, Any]) -> None:
+def _record(plan: Collection, notebook: Path, entry: dict[str, Any]) -> None:
     """Put a notebook's entry into the manifest; remove what only its former version wrote."""
     manifest = plan.manifest
     former = manifest["notebooks"].get(notebook.stem, {"outputs": []})["outputs"]

@@ -143,7 +143,7 @@ def duration(seconds: float) -> str:
 
 
 def _describe(results: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What the front page says of a notebook."""
+    """Title, time, device, commit and figures of a notebook, for the front page."""
     executed = read_notebook(results / "notebooks" / f"{name}.ipynb")
     title = next(re.findall(r"(?m)^# (.+)", c.source) for c in executed.cells if "# " in c.source)
     figures = [file for file in entry["outputs"] if file.endswith(".png")]

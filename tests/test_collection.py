@@ -59,7 +59,7 @@ def notebooks(tmp_path, monkeypatch):
     return folder
 
 
-def plan(notebooks: Path, *only: str) -> collection.Plan:
+def plan(notebooks: Path, *only: str) -> collection.Collection:
     return collection.plan("smoke", "mni152", only, notebooks)
 
 
@@ -352,7 +352,7 @@ def test_a_manifest_that_names_files_outside_of_its_folder_is_refused(notebooks,
         ValueError, match=r"manifest\.json: names the output .*; expected files in figures"
     ):
         plan(notebooks)
-    made = collection.Plan("smoke", "mni152", ())
+    made = collection.Collection("smoke", "mni152", ())
     with pytest.raises(ValueError, match="names the output"):
         collection._record(made, notebooks / "00_first.ipynb", {"outputs": []})
     assert mine.exists()

@@ -420,7 +420,7 @@ def test_a_results_folder_belongs_to_one_process_at_a_time(results, monkeypatch)
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         filled.append(plan)
 
-    filled: list[collection.Plan] = []
+    filled: list[collection.Collection] = []
     monkeypatch.setattr(collection, "_fill", fill)
     plan = collection.plan("smoke", "mni152", ["00"])
     collection.run(plan)
