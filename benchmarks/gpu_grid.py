@@ -3,9 +3,8 @@
     python benchmarks/gpu_grid.py OUT.tar GRID[:SYSTEM,...[:SEED,...]] ... [--processes 16] [--minutes 9]
 
 The kernels of a small network wait for Python, so that one training leaves most of a GPU idle; many at once fill it
-(start NVIDIA's MPS before). What `srlib.recompute` would compute again is kept here, memory being plentiful: the same
-function and gradients, fewer launches. Runs are begun in the order given. What has no time left is stopped, and goes
-on from its checkpoint when the command is started again with the same `SRLIB_RESULTS`.
+(start NVIDIA's MPS before). Runs are begun in the order given. What has no time left is stopped, and goes on from its
+checkpoint when the command is started again with the same `SRLIB_RESULTS`.
 
 OUT.tar holds the tables and records of the runs that ended, by their paths in the repository; unpack it there.
 """
@@ -19,10 +18,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from srlib import grid, model, paths, tom
-from srlib.levers import kept
+from srlib import grid, paths
 from srlib.runs import RunConfig
-from srlib.scan import mixer
 
 
 def wanted(choice: str) -> list[RunConfig]:
@@ -37,17 +34,11 @@ def wanted(choice: str) -> list[RunConfig]:
     ]
 
 
-def keep_activations() -> None:
-    """In a worker: nothing is computed again for the backward pass."""
-    for module in (model, tom, mixer):
-        module.recomputed = kept  # type: ignore[attr-defined]
-
-
 def compute(configs: list[RunConfig], processes: int, seconds: float, out: Path) -> None:
     """Compute runs side by side; after these seconds the unfinished ones are stopped."""
     start = time.monotonic()
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, spawn, keep_activations)
+    pool = ProcessPoolExecutor(processes, spawn)
     futures = {pool.submit(grid.compute_run, config): config for config in configs}
     done: list[Path] = []
     try:

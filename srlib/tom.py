@@ -21,14 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srlib.recompute import recomputed
 from srlib.scan import ORDERS, mamba_mixer
+from srlib.scan.recompute import Recompute, recomputed
 
 # Suffix of each order's own parameters in the published layout.
 SUFFIXES = {"forward": "", "reverse": "_b", "inter_slice": "_s"}
@@ -47,9 +47,10 @@ class TriOrientedMamba(nn.Module):
         d_conv: width of the causal depthwise convolution.
         expand: inner width as a multiple of `d_model`.
         nslices: fixes the number of slices; `None` takes the depth of each feature map.
-        scan_orders: which orders run, a non-empty subset of forward, reverse and inter_slice.
+        scan_orders: the orders that run, a non-empty subset of forward, reverse and inter_slice.
         recurrence: False forgets the state at each token: a control with ToM's arithmetic and all of its
             parameters but A, for which nothing is left to do. What remains mixes `d_conv` neighbours.
+        recompute, fused: how it is computed (`mamba_mixer`); the function is the same.
     """
 
     def __init__(
@@ -61,32 +62,31 @@ class TriOrientedMamba(nn.Module):
         nslices: int | None = None,
         scan_orders: Sequence[str] = ORDERS,
         recurrence: bool = True,
+        recompute: Recompute = "auto",
+        fused: bool | None = None,
     ) -> None:
         super().__init__()
-        unknown = [order for order in scan_orders if order not in ORDERS]
-        if unknown or not scan_orders or len(set(scan_orders)) != len(scan_orders):
+        if not scan_orders or len({*scan_orders} & {*ORDERS}) != len(scan_orders):
             raise ValueError(
                 f"scan_orders must be a non-empty subset of {ORDERS}, got {tuple(scan_orders)}"
             )
-        self.scan_orders = tuple(scan_orders)
-        self.nslices = nslices
-        self.recurrence = recurrence
-        self.d_state = d_state
-        self.d_inner = expand * d_model
+        self.scan_orders, self.nslices = tuple(scan_orders), nslices
+        self.recurrence, self.recompute, self.fused = recurrence, recompute, fused
+        self.d_state, self.d_inner = d_state, expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
 
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
         for order in self.scan_orders:
-            self._add_direction(SUFFIXES[order], d_conv)
+            self._add_order(SUFFIXES[order], d_conv)
 
-    def _add_direction(self, suffix: str, d_conv: int) -> None:
-        """One order's parameters, initialised as in Mamba (Gu and Dao 2023, section 3.6)."""
-        width, states = self.d_inner, self.d_state
+    def _add_order(self, suffix: str, d_conv: int) -> None:
+        """Add one order's parameters, initialised as in Mamba (Gu and Dao 2023, section 3.6)."""
+        width, rank = self.d_inner, self.dt_rank
         conv1d = nn.Conv1d(width, width, d_conv, groups=width, padding=d_conv - 1)
-        x_proj = nn.Linear(width, self.dt_rank + 2 * states, bias=False)
-        dt_proj = nn.Linear(self.dt_rank, width)
-        nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        x_proj = nn.Linear(width, rank + 2 * self.d_state, bias=False)
+        dt_proj = nn.Linear(rank, width)
+        nn.init.uniform_(dt_proj.weight, -(rank**-0.5), rank**-0.5)
         with torch.no_grad():  # softplus(bias) is log-uniform in [1e-3, 1e-1]
             step = torch.exp(torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1)))
             dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
@@ -94,50 +94,49 @@ class TriOrientedMamba(nn.Module):
         self.add_module(f"x_proj{suffix}", x_proj)
         self.add_module(f"dt_proj{suffix}", dt_proj)
         if self.recurrence:
-            decay = torch.arange(1, states + 1, dtype=torch.float32).repeat(width, 1)
-            self.register_parameter(f"A{suffix}_log", nn.Parameter(torch.log(decay)))
+            rates = torch.arange(1, self.d_state + 1, dtype=torch.float32).repeat(width, 1)
+            self.register_parameter(f"A{suffix}_log", nn.Parameter(torch.log(rates)))
         self.register_parameter(f"D{suffix}", nn.Parameter(torch.ones(width)))
 
     def forward(self, tokens: Tensor, depth: int) -> Tensor:
         """Mix tokens (B, L, C) of a feature map with `depth` slices; returns (B, L, C)."""
         nslices = self.nslices or depth
-        into_x, into_z = self.in_proj.weight.chunk(2)
-        x = F.linear(tokens, into_x)  # (B, L, E)
+        into_x, into_z = self.in_proj.weight.chunk(2)  # (2 E, C) -> two of (E, C)
+        x = F.linear(tokens, into_x)  # (B, L, C) -> (B, L, E)
         y = self._mix(x, self.scan_orders[0], nslices)
         for order in self.scan_orders[1:]:
             y += self._mix(x, order, nslices)
         # The gate acts token by token, so the three orders share it: it is applied once, to their sum.
         # It is cheaper to compute again in the backward pass than to keep.
-        return recomputed(y, partial(self._gated_projection, tokens, into_z))
+        return recomputed(y, partial(self._gated, tokens, into_z), recompute=self.recompute)
+
+    def _gated(self, tokens: Tensor, into_z: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(tokens, into_z)  # (B, L, C) -> (B, L, E)
+        return self.out_proj(y * F.silu(z))  # (B, L, E) -> (B, L, C)
 
     def _mix(self, x: Tensor, order: str, nslices: int) -> Tensor:
         """One Mamba mixer without gate over x (B, L, E) visited in `order`; returns (B, L, E)."""
         suffix = SUFFIXES[order]
-        conv1d = cast(nn.Conv1d, self.get_submodule(f"conv1d{suffix}"))
-        x_proj = cast(nn.Linear, self.get_submodule(f"x_proj{suffix}"))
-        dt_proj = cast(nn.Linear, self.get_submodule(f"dt_proj{suffix}"))
+        weight = self.get_parameter
+        D = weight(f"D{suffix}")  # (E,)
+        if self.recurrence:  # A (E, N) is negative, the rate at which the state is forgotten
+            A = -torch.exp(weight(f"A{suffix}_log"))
+        else:
+            A = D.new_full((self.d_inner, self.d_state), FORGET)
         return mamba_mixer(
             x,
-            conv_weight=conv1d.weight[:, 0],
-            conv_bias=cast(Tensor, conv1d.bias),
-            x_proj=x_proj.weight,
-            dt_proj=dt_proj.weight,
-            dt_bias=dt_proj.bias,
-            A=self._decay(suffix, x),
-            D=self.get_parameter(f"D{suffix}"),
+            conv_weight=weight(f"conv1d{suffix}.weight")[:, 0],  # (E, 1, taps) -> (E, taps)
+            conv_bias=weight(f"conv1d{suffix}.bias"),
+            x_proj=weight(f"x_proj{suffix}.weight"),
+            dt_proj=weight(f"dt_proj{suffix}.weight"),
+            dt_bias=weight(f"dt_proj{suffix}.bias"),
+            A=A,
+            D=D,
             order=order,
             nslices=nslices,
+            recompute=self.recompute,
+            fused=self.fused,
         )
-
-    def _decay(self, suffix: str, x: Tensor) -> Tensor:
-        """A (E, N) of one order: negative, the rate at which the state is forgotten."""
-        if self.recurrence:
-            return -torch.exp(self.get_parameter(f"A{suffix}_log"))
-        return x.new_full((self.d_inner, self.d_state), FORGET, dtype=torch.float32)
-
-    def _gated_projection(self, tokens: Tensor, into_z: Tensor, y: Tensor) -> Tensor:
-        z = F.linear(tokens, into_z)  # (B, L, E)
-        return self.out_proj(y * F.silu(z))
 
 
 class ToMLayer(nn.Module):

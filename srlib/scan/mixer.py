@@ -20,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from srlib.recompute import recomputed
-
 from . import cpu
 from .choice import backends, choose
 from .inputs import ScanInputs, check_gradient, check_mixer
@@ -33,6 +31,7 @@ from .operator import (
     selective_scan,
 )
 from .orders import token_order
+from .recompute import Recompute, recomputed
 
 STRETCH = 2**19  # elements of an inner tensor, 2 MiB; about seven are in use
 
@@ -50,6 +49,8 @@ def mamba_mixer(
     D: Tensor,
     order: str = "forward",
     nslices: int = 1,
+    recompute: Recompute = "auto",
+    fused: bool | None = None,
 ) -> Tensor:
     """Mamba's sequence mixing without gate, its sequence visited in `order`.
 
@@ -67,19 +68,24 @@ def mamba_mixer(
         D: (E,).
         order: `forward`, `reverse` or `inter_slice` (see `token_order`).
         nslices: number of slices of the inter-slice order.
+        recompute: of the composition; it keeps x alone then (`recomputed`).
+        fused: the fused operator or the composition; `None` takes the former where it can run.
 
     Returns:
         y (B, L, E) in memory order.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit (the message names the argument), or an unknown order.
+        ValueError: shapes, dtypes or devices do not fit (the message names the argument), an unknown order, or
+            `fused` for tensors that the fused operator does not take.
+        RuntimeError: `fused` where the fused operator cannot run.
     """
     weights = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
     check_mixer((x, *weights), order, nslices)
-    if _can_fuse(x, conv_weight):
+    if _can_fuse(x, conv_weight) if fused is None else fused:
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
         return fused_mixer(x, *weights, order, nslices, keep)[0]
-    return recomputed(x, functools.partial(_composed, weights, order, nslices))
+    compose = functools.partial(_composed, weights, order, nslices)
+    return recomputed(x, compose, recompute=recompute)
 
 
 def _composed(weights: Sequence[Tensor], order: str, nslices: int, x: Tensor) -> Tensor:
