@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from dataclasses import asdict, astuple, fields
 from itertools import product
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from srlib import provenance, tables
 from srlib.baselines import PEERS
 from srlib.profiling import PUBLISHED, Workload, measure_apart
 
-KEY = tuple(field.name for field in fields(Workload))
+KEY = ("peer", "size", "in_channels", "out_channels", "precision", "checkpointing")
 
 
 def workloads(peers: list[str], size: int | None) -> dict[Workload, str]:
@@ -61,14 +60,15 @@ def main() -> None:
     rows = tables.read(options.out).to_dict("records") if options.out.exists() else []
     measured = {tuple(row[name] for name in ("setting", *KEY)) for row in rows}
     for work, setting in workloads(options.peers, options.size).items():
-        if (setting, *astuple(work)) in measured:
+        key = {"setting": setting} | {name: getattr(work, name) for name in KEY}
+        if tuple(key.values()) in measured:
             continue
         if time.monotonic() - start > 60 * options.minutes:
             print("out of time before", setting, work)
             break
         result = measure_apart(work, options.device, options.steps)
         made_with = {"device": device, "torch": torch.__version__}
-        rows.append({"setting": setting, **asdict(work), **result, **made_with})
+        rows.append({**key, **result, **made_with})
         provenance.write_table(pd.DataFrame(rows), options.out)
         print(f"{time.monotonic() - start:5.0f} s", setting, work, result, flush=True)
 

@@ -18,9 +18,10 @@ import pandas as pd
 import psutil
 import torch
 
-from srlib import levers, paths, provenance
+from srlib import paths, provenance
 from srlib.baselines import PEERS
 from srlib.profiling import GIB, Workload, count, measure_apart
+from srlib.workload import LEVERS
 
 FOLDER = paths.REFERENCE / "memory"
 SIZES = (64, 96, 128, 160)  # counted
@@ -33,7 +34,7 @@ def write(rows: list[dict], name: str) -> None:
 
 def count_all() -> None:
     """Every system, size and precision; with checkpoints at the paper's size; then the levers."""
-    write(levers.table().to_dict("records"), "levers")
+    count_levers()
     rows: list[dict] = []
     for checkpointing, size, precision, peer in product(
         (False, True), SIZES, ("fp32", "bf16"), PEERS
@@ -45,6 +46,19 @@ def count_all() -> None:
         rows.append(key | count(work).totals)
         write(rows, "counted")
         print(*key.values(), flush=True)
+
+
+def count_levers() -> None:
+    """GiB of activations after the loss and of the peak; `share` and `arithmetic` are of the first row's."""
+    rows: list[dict] = []
+    for precision, (lever, options) in product(("fp32", "bf16"), LEVERS.items()):
+        totals = count(Workload("segresmamba", precision=precision, **options)).totals
+        kept, gmacs = totals["kept"] + totals["kept_by_loss"], totals["step_gmacs"]
+        if not rows:
+            all_kept, plain = kept, gmacs
+        row = {"precision": precision, "lever": lever, "activations": kept, "peak": totals["peak"]}
+        rows.append(row | {"share": kept / all_kept, "arithmetic": gmacs / plain})
+        write(rows, "levers")
 
 
 def measure_all(device: str, sizes: Sequence[int]) -> None:
@@ -62,16 +76,15 @@ def measure_all(device: str, sizes: Sequence[int]) -> None:
 
 
 def time_levers(device: str, sizes: Sequence[int], steps: int) -> None:
-    """The steps of `levers.steps`: fp32 on the CPU, where bf16 is emulated by most processors, both on CUDA."""
+    """Steps with the levers: fp32 on the CPU, where bf16 is emulated by most processors, both on CUDA."""
     precisions = ("fp32", "bf16") if device == "cuda" else ("fp32",)
     rows = []
-    for size in sizes:
-        for work, lever in levers.steps(precisions, size).items():
-            found = measure_apart(work, device, steps)
-            key = {"precision": work.precision, "lever": lever, "size": size}
-            rows.append({"device": named(device)} | key | found)
-            write(rows, f"levers_{device}")
-            print(*key.values(), found, flush=True)
+    for size, precision, (lever, options) in product(sizes, precisions, LEVERS.items()):
+        work = Workload("segresmamba", size, precision=precision, **options)
+        key = {"device": named(device), "precision": precision, "lever": lever, "size": size}
+        rows.append(key | measure_apart(work, device, steps))
+        write(rows, f"levers_{device}")
+        print(*rows[-1].values(), flush=True)
 
 
 def named(device: str) -> str:

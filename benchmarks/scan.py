@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -38,7 +38,7 @@ from srlib import provenance
 from srlib.model import FEATURES, SegResMamba
 from srlib.paths import REFERENCE
 from srlib.profiling import process_memory
-from srlib.scan import choice, cpu, mixer, selective_scan, token_order
+from srlib.scan import choice, cpu, selective_scan, token_order
 from srlib.tom import TriOrientedMamba
 
 Shape = tuple[int, int, int, int]  # B, D, L, N
@@ -243,23 +243,17 @@ def _associative_scan(u, delta, A, B, C, D, z, delta_bias) -> Tensor:  # type: i
 _METHODS = {"mambapy": _mambapy, "associative_scan": _associative_scan}  # the second is compiled
 
 
-@contextmanager
-def _without(method: str) -> Iterator[None]:
-    """ToM layers in their composed form: "permuted copies" with the cpu scan, "plain torch" without."""
-    with ExitStack() as patches:
-        if method != "fused":
-            patches.enter_context(patch.object(mixer, "_can_fuse", lambda x, weight: False))
-        if method == "plain torch":
-            patches.enter_context(patch.dict(choice.PREFERRED, cpu=("chunked",)))
-        yield
+def _scanning(method: str) -> AbstractContextManager:
+    """Composed ToM layers scan on the CPU by its kernels ("permuted copies") or by torch ("plain torch")."""
+    return patch.dict(choice.PREFERRED, {"cpu": ("chunked",)} if method == "plain torch" else {})
 
 
 def _layer(tokens: tuple[int, ...], method: str) -> list[tuple[str, float, str]]:
     """Forward and backward of one tri-oriented Mamba over tokens (B, D, H, W, C)."""
-    layer = TriOrientedMamba(tokens[-1])
+    layer = TriOrientedMamba(tokens[-1], fused=method == "fused")
     x = torch.randn(tokens).flatten(1, 3).requires_grad_()
     layer(x[:, :64], depth=4).sum().backward()
-    with _without(method):
+    with _scanning(method):
         return _measured(lambda: layer(x, depth=tokens[1]).sum().backward())
 
 
@@ -267,7 +261,8 @@ def _network(
     size: str, modalities: int, batch: int, volume: tuple[int, ...], tom: str, method: str = "fused"
 ) -> list[tuple[str, float, str]]:
     """A training step: forward, backward, AdamW; with the share of its time that the scans take."""
-    network: nn.Module = SegResMamba(modalities, 3, FEATURES[size], tom=tom)
+    fused = method == "fused"
+    network: nn.Module = SegResMamba(modalities, 3, FEATURES[size], tom=tom, fused=fused)
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
     x = torch.randn(batch, modalities, *volume)
     in_scans: list[float] = []
@@ -288,7 +283,7 @@ def _network(
         return call
 
     with ExitStack() as patches:
-        patches.enter_context(_without(method))
+        patches.enter_context(_scanning(method))
         for name in ("forward", "backward"):
             function = timed(getattr(cpu.ScanPass, name))
             patches.enter_context(patch.object(cpu.ScanPass, name, function))

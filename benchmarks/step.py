@@ -4,7 +4,7 @@
 
 The networks of `srlib.baselines` and SegResMamba with fewer ToM layers, with one random image of one channel, 14
 classes; forward pass, Dice and cross-entropy, backward pass, AdamW. A row for each precision and each way to keep
-activations: `recomputation` off keeps what autograd asks for; on is `srlib.recompute` for SegResMamba and SegMamba,
+activations: `recomputation` off keeps what autograd asks for; on is `recomputed` for SegResMamba and SegMamba,
 checkpoints around blocks for the others (`srlib.baselines.with_checkpoints`).
 
 - `eager_ms`, `captured_ms`: medians of 20 and 50 steps, launched from Python and replayed as a CUDA graph;
@@ -28,13 +28,13 @@ from unittest.mock import patch
 import pandas as pd
 import pynvml
 import torch
+from srlib.levers import kept
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from srlib import provenance
 from srlib.baselines import PEERS
 from srlib.captured import WARM_UP, CapturedStep
-from srlib.levers import kept
 from srlib.model import SegResMamba
 from srlib.workload import Workload
 

@@ -4,8 +4,8 @@
 |---|---|---|
 | stage s = 0..3, channels C_s | (B, C_s, D/2^(s+1), H/2^(s+1), W/2^(s+1)) | `features[s]` |
 | X, input of the mixed block | stage's resolution | `x` in `CMMB.forward` |
-| F1..F4 | half the stage's resolution | `inner` |
-| F5, F6 = F5 + X, F_out | stage's resolution | `CMMB.forward` |
+| F1, F2, F3 = ToM(F2), F4 | half the stage's resolution | results of `f1` to `f4` in `CMMB` |
+| F5, F6 = F5 + X, F_out = ToM(F6) | stage's resolution | results of `f5`, the sum and `tom` in `CMMB` |
 | ToM | as its input | `srlib.tom.ToMLayer` |
 | skip of stage s | as stage s | `skips[s]` |
 | logits | (B, C_out, D, H, W) | result of `SegResMamba.forward` |
@@ -13,27 +13,26 @@
 Sizes that two does not divide are rounded up at each halving (a map with an odd size is padded by repeating its
 last plane), and the decoder crops what it upsamples to the skip's size; no voxel of the input is lost.
 
-Between two convolutions one map is kept for the backward pass, the first one's output. Normalisation, activation and
-the skips' MLP are computed again from it (`srlib.recompute`).
+With `recompute` one map is kept for the backward pass between two convolutions, the first one's output. Normalisation,
+activation and the skips' MLP are computed again from it (`srlib.scan.recompute`).
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
 from itertools import pairwise
 from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.networks.blocks import ResBlock
+from monai.networks.blocks import Convolution, ResBlock
 from torch import Tensor, nn
 
-from srlib.recompute import recomputed
 from srlib.scan import ORDERS
-from srlib.segmamba import SegMambaBlock
+from srlib.scan.recompute import Recompute, check_recompute, recomputed
 from srlib.tom import ToMLayer
 
 FEATURES: dict[str, tuple[int, ...]] = {
@@ -57,7 +56,7 @@ def float32_where_tiny(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     cost next to nothing in float32.
     """
 
-    @functools.wraps(forward)
+    @wraps(forward)
     def wrapped(self: nn.Module, x: Tensor, *others: Tensor) -> Tensor:
         affected = torch.is_autocast_enabled("cpu") and x.device.type == "cpu"
         if not affected or min(x.shape[2:]) > 4:
@@ -69,7 +68,7 @@ def float32_where_tiny(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class ConvNormAct(nn.Sequential):
-    """Convolution, InstanceNorm (no parameters), ReLU: the unit of the mixed block."""
+    """Convolution, InstanceNorm (no parameters), ReLU: the unit of the mixed block, callable in two halves."""
 
     def __init__(self, channels: int, kernel_size: int, stride: int = 1) -> None:
         super().__init__(
@@ -79,11 +78,11 @@ class ConvNormAct(nn.Sequential):
         )
 
     def conv(self, x: Tensor) -> Tensor:
-        """The unit's first half."""
+        """X (B, C, d, h, w) -> (B, C, d, h, w), or half as large, rounded up, with stride 2."""
         return self[0](x)
 
     def finish(self, x: Tensor) -> Tensor:
-        """The unit's second half, on what `conv` yields."""
+        """Normalise and rectify a result of `conv`; the shape stays."""
         return self[2](self[1](x))
 
 
@@ -108,7 +107,7 @@ class Restore(nn.Module):
         return self.conv(x, output_size=even if self.released else size)
 
     def finish(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """What `upsample` yields -> F5 (B, C, *size)."""
+        """Normalise and rectify a result of `upsample` -> F5 (B, C, *size)."""
         depth, height, width = (n - wanted for n, wanted in zip(x.shape[2:], size, strict=True))
         return F.relu(self.norm(x), inplace=True)[..., depth:, height:, width:]
 
@@ -118,53 +117,125 @@ class CMMB(nn.Module):
 
     Args:
         channels: C.
-        tom: which ToM layers run: `both`, `inner` (half resolution), `outer` (after the sum), `none`, or `conv`,
+        tom: ToM layers that run: `both`, `inner` (half resolution), `outer` (after the sum), `none`, or `conv`,
             a plain 3x3x3 convolution in the outer layer's place and no inner one, as in the released code.
         released: see `Restore`.
+        recompute: see `SegResMamba`.
         **layer: passed on to `ToMLayer`.
     """
 
     def __init__(
-        self, channels: int, tom: str = "both", released: bool = False, **layer: Any
+        self,
+        channels: int,
+        tom: str = "both",
+        released: bool = False,
+        recompute: Recompute = "auto",
+        **layer: Any,
     ) -> None:
         super().__init__()
-        inner: list[nn.Module] = [ConvNormAct(channels, 5, stride=2), ConvNormAct(channels, 3)]
-        if tom in ("both", "inner"):
-            inner.append(ToMLayer(channels, **layer))
-        self.inner = nn.Sequential(*inner, ConvNormAct(channels, 3))  # F1, F2, F3, F4
-        self.restore = Restore(channels, released)  # F5
-        self.outer: nn.Module = nn.Identity()
+        self.again = partial(recomputed, recompute=recompute)
+        make_tom = partial(ToMLayer, channels, recompute=recompute, **layer)
+        self.f1 = ConvNormAct(channels, 5, stride=2)
+        self.f2 = ConvNormAct(channels, 3)
+        self.f3 = make_tom() if tom in ("both", "inner") else None
+        self.f4 = ConvNormAct(channels, 3)
+        self.f5 = Restore(channels, released)
+        self.tom: nn.Module = nn.Identity()
         if tom in ("both", "outer"):
-            self.outer = ToMLayer(channels, **layer)
+            self.tom = make_tom()
         elif tom == "conv":
-            self.outer = nn.Conv3d(channels, channels, kernel_size=3, padding=1)
+            self.tom = nn.Conv3d(channels, channels, kernel_size=3, padding=1)
+        self.register_load_state_dict_pre_hook(_take_old_names)
 
     @float32_where_tiny
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, d, h, w) -> (B, C, d, h, w); restored to the same size, whatever it is."""
-        first, second, last = (unit for unit in self.inner if isinstance(unit, ConvNormAct))
-        tom = [layer for layer in self.inner if isinstance(layer, ToMLayer)]
-        upsample = functools.partial(self.restore.upsample, size=x.shape[2:])
-        finish = functools.partial(self.restore.finish, size=x.shape[2:])
-        y = recomputed(first.conv(x), first.finish, second.conv)  # F1, and F2 but for its end
-        if tom:
-            f3 = tom[0](recomputed(y, second.finish))
-            y = last.conv(f3)
+        size = x.shape[2:]
+        y = self.again(self.f1.conv(x), self.f1.finish, self.f2.conv)  # F1, and F2 but for its end
+        if self.f3 is None:
+            y = self.again(y, self.f2.finish, self.f4.conv)
         else:
-            y = recomputed(y, second.finish, last.conv)
-        f5 = recomputed(recomputed(y, last.finish, upsample), finish)  # F4, F5
-        return self.outer(f5 + x)
+            y = self.f4.conv(self.f3(self.again(y, self.f2.finish)))
+        y = self.again(y, self.f4.finish, partial(self.f5.upsample, size=size))
+        f5 = self.again(y, partial(self.f5.finish, size=size))
+        return self.tom(f5 + x)
+
+
+# Names in a CMMB until the layers got the paper's: state dicts that hold them load as well.
+OLD_NAMES = {
+    r"inner\.0\.": "f1.",
+    r"inner\.1\.": "f2.",
+    r"inner\.2\.(?=norm|mamba)": "f3.",
+    r"inner\.[23]\.": "f4.",
+    r"restore\.": "f5.",
+    r"outer\.": "tom.",
+}
+
+
+def _take_old_names(_module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Rename a CMMB's entries of a state dict that is about to be loaded."""
+    for name in list(state):
+        if name.startswith(prefix):
+            new = _renamed(name.removeprefix(prefix), OLD_NAMES)
+            if new is not None:
+                state[prefix + new] = state.pop(name)
+
+
+def _renamed(name: str, patterns: Mapping[str, str]) -> str | None:
+    """Replace the first of the patterns that the name begins with; `None` when it begins with none."""
+    for pattern, replacement in patterns.items():
+        if re.match(pattern, name):
+            return re.sub(pattern, replacement, name, count=1)
+    return None
+
+
+class GSC(nn.Module):
+    """SegMamba's gated spatial convolution: two 3x3x3 units beside one 1x1x1, summed, mixed, plus the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        unit = partial(
+            Convolution, 3, channels, channels, norm="INSTANCE", act="RELU", adn_ordering="NA"
+        )
+        self.wide = nn.Sequential(unit(kernel_size=3), unit(kernel_size=3))
+        self.narrow = unit(kernel_size=1)
+        self.mix = unit(kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (B, C, d, h, w) -> (B, C, d, h, w)."""
+        return x + self.mix(self.wide(x) + self.narrow(x))
+
+
+class SegMambaBlock(nn.Sequential):
+    """The block of SegMamba (Xing et al., MICCAI 2024): (B, C, d, h, w) -> (B, C, d, h, w).
+
+    Gated spatial convolution, then ToM layers that add their input.
+
+    Args:
+        channels: C.
+        layers: number of ToM layers, one after the other.
+        **layer: passed on to `ToMLayer`.
+    """
+
+    def __init__(self, channels: int, layers: int = 2, **layer: Any) -> None:
+        tom = (ToMLayer(channels, residual=True, **layer) for _ in range(layers))
+        super().__init__(GSC(channels), *tom)
 
 
 class Downsample(nn.Module):
     """Between stages: an `extra` 3x3x3 convolution, then 2x2x2 with stride 2; C -> 2C, half the size."""
 
-    def __init__(self, in_channels: int, out_channels: int, extra: bool = True) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        extra: bool = True,
+        recompute: Recompute = "auto",
+    ) -> None:
         super().__init__()
-        norm, conv = (
-            nn.InstanceNorm3d(in_channels),
-            nn.Conv3d(in_channels, in_channels, 3, padding=1),
-        )
+        self.again = partial(recomputed, recompute=recompute)
+        norm = nn.InstanceNorm3d(in_channels)
+        conv = nn.Conv3d(in_channels, in_channels, kernel_size=3, padding=1)
         self.extra = nn.Sequential(norm, conv) if extra else nn.Identity()
         self.norm = nn.InstanceNorm3d(in_channels)
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=2, stride=2)
@@ -172,7 +243,7 @@ class Downsample(nn.Module):
     @float32_where_tiny
     def forward(self, x: Tensor) -> Tensor:
         """X (B, C, d, h, w) -> (B, 2C, ceil(d/2), ceil(h/2), ceil(w/2))."""
-        return recomputed(recomputed(x, self.extra), self.norm, _even, self.conv)
+        return self.again(self.again(x, self.extra), self.norm, _even, self.conv)
 
 
 def _even(x: Tensor) -> Tensor:
@@ -196,8 +267,9 @@ class Skip(nn.Sequential):
 class UpStage(nn.Module):
     """Decoder stage (Myronenko 2018): halve the channels, upsample, add the skip, one residual unit."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, recompute: Recompute = "auto") -> None:
         super().__init__()
+        self.again = partial(recomputed, recompute=recompute)
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=1, bias=False)
         self.unit = ResBlock(3, out_channels, norm=("GROUP", {"num_groups": 8}))
 
@@ -207,8 +279,8 @@ class UpStage(nn.Module):
         x = F.interpolate(self.conv(x), scale_factor=2, mode="trilinear", align_corners=False)
         depth, height, width = skip.shape[2:]
         x, unit = x[..., :depth, :height, :width] + skip, self.unit
-        y = recomputed(x, unit.norm1, unit.act, unit.conv1)
-        return x + recomputed(y, unit.norm2, unit.act, unit.conv2)
+        y = self.again(x, unit.norm1, unit.act, unit.conv1)
+        return x + self.again(y, unit.norm2, unit.act, unit.conv2)
 
 
 class SegResMamba(nn.Module):
@@ -221,7 +293,7 @@ class SegResMamba(nn.Module):
             of 8, each twice the one before.
         d_state, d_conv, expand: sizes of the Mamba layers (`TriOrientedMamba`).
         nslices: fixes the number of slices of the inter-slice order; `None` takes each feature map's depth.
-        tom: which ToM layers a block has (`CMMB`); `None` means `both`, or `conv` in the released variant.
+        tom: ToM layers of a block (`CMMB`); `None` means `both`, or `conv` in the released variant.
         tom_residual: add its input to each ToM layer's output (SegMamba does, the paper's equation does not).
         scan_orders: non-empty subset of `forward`, `reverse`, `inter_slice`.
         recurrence: False forgets the state at each token (`TriOrientedMamba`).
@@ -230,6 +302,10 @@ class SegResMamba(nn.Module):
             add their input).
         variant: `paper` is the paper's text; `released` the authors' public code, in which no ToM layer is ever
             called and a convolution stands in the outer one's place. Only the latter takes their weights.
+        recompute: True computes what is cheap again in the backward pass instead of keeping it. Outputs and gradients
+            are the same, bit for bit on the CPU; memory is saved for time. "auto" does so everywhere but on a CUDA
+            device that has room for 200 tensors of a map's size, where memory is plentiful (`recomputed`).
+        fused: operator of the Mamba mixers (`mamba_mixer`); `None` takes the fused one where it can run.
 
     Raises:
         ValueError: for arguments that do not fit these descriptions.
@@ -252,9 +328,13 @@ class SegResMamba(nn.Module):
         extra_conv: bool = True,
         block: str = "cmmb",
         variant: str = "paper",
+        recompute: Recompute = "auto",
+        fused: bool | None = None,
     ) -> None:
         super().__init__()
         tom = _check_arguments(features, tom, block, variant)
+        check_recompute(recompute)
+        self.again = partial(recomputed, recompute=recompute)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.features, self.variant = tuple(features), variant
         layer: dict[str, Any] = {
@@ -264,17 +344,20 @@ class SegResMamba(nn.Module):
             "nslices": nslices,
             "scan_orders": tuple(scan_orders),
             "recurrence": recurrence,
+            "recompute": recompute,
+            "fused": fused,
         }
 
         pairs = list(pairwise(features))
         stem = nn.Conv3d(in_channels, features[0], kernel_size=7, stride=2, padding=3)
-        self.downsamples = nn.ModuleList([stem, *(Downsample(c, d, extra_conv) for c, d in pairs)])
+        halve = (Downsample(c, d, extra_conv, recompute) for c, d in pairs)
+        self.downsamples = nn.ModuleList([stem, *halve])
         if block == "cmmb":
             layer |= {"tom": tom, "released": variant == "released", "residual": tom_residual}
         make = CMMB if block == "cmmb" else SegMambaBlock
         self.blocks = nn.ModuleList(make(c, **layer) for c in features)
         self.skips = nn.ModuleList(Skip(c) for c in features)
-        self.ups = nn.ModuleList(UpStage(d, c) for c, d in reversed(pairs))
+        self.ups = nn.ModuleList(UpStage(d, c, recompute) for c, d in reversed(pairs))
         self.head = nn.ConvTranspose3d(features[0], out_channels, kernel_size=2, stride=2)
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -283,7 +366,7 @@ class SegResMamba(nn.Module):
         skips = []
         for downsample, block, skip in zip(self.downsamples, self.blocks, self.skips, strict=True):
             x = block(downsample(x))
-            skips.append(recomputed(x, skip))
+            skips.append(self.again(x, skip))
         return skips
 
     def decode(self, skips: Sequence[Tensor], size: Sequence[int]) -> Tensor:
@@ -357,7 +440,7 @@ def load_released_state_dict(model: SegResMamba, state: Mapping[str, Tensor]) ->
             f"released weights need variant='released', this model is {model.variant!r}"
         )
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    names = {_released_name(name): name for name in model.state_dict()}
+    names = {str(_renamed(name, RELEASED_NAMES)): name for name in model.state_dict()}
     missing = [name for name in names if name not in state]
     if missing:
         raise ValueError(f"the state dict lacks {len(missing)} names, the first is {missing[0]!r}")
@@ -376,22 +459,14 @@ RELEASED_NAMES = {
     r"downsamples\.0\.": r"vit.downsample_layers.0.0.",
     r"downsamples\.(\d)\.extra\.1\.": r"vit.downsample_layers.\1.1.",
     r"downsamples\.(\d)\.conv\.": r"vit.downsample_layers.\1.3.",
-    r"blocks\.(\d)\.inner\.0\.0\.": r"vit.gscs.\1.proj.",
-    r"blocks\.(\d)\.inner\.1\.0\.": r"vit.gscs.\1.proj3.",
-    r"blocks\.(\d)\.inner\.2\.0\.": r"vit.gscs.\1.proj4.",
-    r"blocks\.(\d)\.restore\.conv\.": r"vit.gscs.\1.proj5.",
-    r"blocks\.(\d)\.outer\.": r"vit.stages.\1.0.",
+    r"blocks\.(\d)\.f1\.0\.": r"vit.gscs.\1.proj.",
+    r"blocks\.(\d)\.f2\.0\.": r"vit.gscs.\1.proj3.",
+    r"blocks\.(\d)\.f4\.0\.": r"vit.gscs.\1.proj4.",
+    r"blocks\.(\d)\.f5\.conv\.": r"vit.gscs.\1.proj5.",
+    r"blocks\.(\d)\.tom\.": r"vit.stages.\1.0.",
     r"skips\.(\d)\.1\.": r"vit.mlps.\1.fc1.",
     r"skips\.(\d)\.3\.": r"vit.mlps.\1.fc2.",
     r"ups\.(\d)\.conv\.": r"segresnet.up_samples.\1.0.conv.",
     r"ups\.(\d)\.unit\.": r"segresnet.up_layers.\1.0.",
     r"head\.": r"out.",
 }
-
-
-def _released_name(name: str) -> str:
-    """This module's parameter name -> the authors'."""
-    for pattern, replacement in RELEASED_NAMES.items():
-        if re.match(pattern, name):
-            return re.sub(pattern, replacement, name, count=1)
-    raise KeyError(name)

@@ -50,7 +50,7 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from srlib.baselines import Padded
-from srlib.workload import Workload
+from srlib.workload import Workload, loss_function
 
 GIB = 2**30
 TRACKED = {  # what torch's memory tracker calls them -> part
@@ -137,7 +137,7 @@ def count(work: Workload) -> Count:
 
     Adam's moments are there from the start, as in all steps but the first. Operators keep what they keep on the CPU.
     """
-    with work.setting(), fake(work) as (network, image, label):
+    with fake(work) as (network, image, label):
         adam = torch.optim.Adam(network.parameters(), fused=True)
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -154,7 +154,7 @@ def count(work: Workload) -> Count:
                 gmacs = {k: dict(v) for k, v in flops.get_flop_counts().items()}
                 kept = tracker.parts()["activations"]
                 with _RealRanges():
-                    loss = work.loss(network, output, label)
+                    loss = loss_function(output, label)
             del output
             kept_by_loss = tracker.parts()["activations"] - kept
             loss.backward()
@@ -218,14 +218,14 @@ def measure(
         system meanwhile: `resident` on the CPU, `reserved` on CUDA.
     """
     report("building")
-    with work.setting(), process_memory(device) as process:
+    with process_memory(device) as process:
         network = work.network().to(device)
         adam = torch.optim.Adam(network.parameters(), fused=True)
         image, label = work.batch(device)
 
         def forward() -> Tensor:
             with work.autocast(device):
-                return work.loss(network, network(image), label)
+                return loss_function(network(image), label)
 
         def step() -> None:
             adam.zero_grad()

@@ -24,9 +24,7 @@ from srlib.scan import ORDERS
 
 SOURCES = (
     "model.py",
-    "segmamba.py",
     "baselines.py",
-    "recompute.py",
     "tom.py",
     "scan",
     "images.py",

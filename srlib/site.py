@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 from jinja2 import Environment, PackageLoader
 from nbformat import NotebookNode
 from PIL import Image

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srlib.recompute import recomputed
 from srlib.scan import (
     ORDERS,
     Weights,
@@ -38,6 +37,7 @@ from srlib.scan import (
     mamba_mixers,
     project,
 )
+from srlib.scan.recompute import Recompute, recomputed
 
 # Suffix of each order's own parameters in the published layout.
 SUFFIXES = {"forward": "", "reverse": "_b", "inter_slice": "_s"}
@@ -56,9 +56,10 @@ class TriOrientedMamba(nn.Module):
         d_conv: width of the causal depthwise convolution.
         expand: inner width as a multiple of `d_model`.
         nslices: fixes the number of slices; `None` takes the depth of each feature map.
-        scan_orders: which orders run, a non-empty subset of forward, reverse and inter_slice.
+        scan_orders: the orders that run, a non-empty subset of forward, reverse and inter_slice.
         recurrence: False forgets the state at each token: a control with ToM's arithmetic and all of its
             parameters but A, for which nothing is left to do. What remains mixes `d_conv` neighbours.
+        recompute, fused: how it is computed (`mamba_mixer`); the function is the same.
     """
 
     def __init__(
@@ -70,32 +71,31 @@ class TriOrientedMamba(nn.Module):
         nslices: int | None = None,
         scan_orders: Sequence[str] = ORDERS,
         recurrence: bool = True,
+        recompute: Recompute = "auto",
+        fused: bool | None = None,
     ) -> None:
         super().__init__()
-        unknown = [order for order in scan_orders if order not in ORDERS]
-        if unknown or not scan_orders or len(set(scan_orders)) != len(scan_orders):
+        if not scan_orders or len({*scan_orders} & {*ORDERS}) != len(scan_orders):
             raise ValueError(
                 f"scan_orders must be a non-empty subset of {ORDERS}, got {tuple(scan_orders)}"
             )
-        self.scan_orders = tuple(scan_orders)
-        self.nslices = nslices
-        self.recurrence = recurrence
-        self.d_state = d_state
-        self.d_inner = expand * d_model
+        self.scan_orders, self.nslices = tuple(scan_orders), nslices
+        self.recurrence, self.recompute, self.fused = recurrence, recompute, fused
+        self.d_state, self.d_inner = d_state, expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
 
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
         for order in self.scan_orders:
-            self._add_direction(SUFFIXES[order], d_conv)
+            self._add_order(SUFFIXES[order], d_conv)
 
-    def _add_direction(self, suffix: str, d_conv: int) -> None:
-        """One order's parameters, initialised as in Mamba (Gu and Dao 2023, section 3.6)."""
-        width, states = self.d_inner, self.d_state
+    def _add_order(self, suffix: str, d_conv: int) -> None:
+        """Add one order's parameters, initialised as in Mamba (Gu and Dao 2023, section 3.6)."""
+        width, rank = self.d_inner, self.dt_rank
         conv1d = nn.Conv1d(width, width, d_conv, groups=width, padding=d_conv - 1)
-        x_proj = nn.Linear(width, self.dt_rank + 2 * states, bias=False)
-        dt_proj = nn.Linear(self.dt_rank, width)
-        nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        x_proj = nn.Linear(width, rank + 2 * self.d_state, bias=False)
+        dt_proj = nn.Linear(rank, width)
+        nn.init.uniform_(dt_proj.weight, -(rank**-0.5), rank**-0.5)
         with torch.no_grad():  # softplus(bias) is log-uniform in [1e-3, 1e-1]
             step = torch.exp(torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1)))
             dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
@@ -103,14 +103,16 @@ class TriOrientedMamba(nn.Module):
         self.add_module(f"x_proj{suffix}", x_proj)
         self.add_module(f"dt_proj{suffix}", dt_proj)
         if self.recurrence:
-            decay = torch.arange(1, states + 1, dtype=torch.float32).repeat(width, 1)
-            self.register_parameter(f"A{suffix}_log", nn.Parameter(torch.log(decay)))
+            rates = torch.arange(1, self.d_state + 1, dtype=torch.float32).repeat(width, 1)
+            self.register_parameter(f"A{suffix}_log", nn.Parameter(torch.log(rates)))
         self.register_parameter(f"D{suffix}", nn.Parameter(torch.ones(width)))
 
     def forward(self, tokens: Tensor, depth: int) -> Tensor:
         """Mix tokens (B, L, C) of a feature map with `depth` slices; returns (B, L, C)."""
         nslices = self.nslices or depth
-        if in_triton(tokens):  # one product for both is faster than z again is small
+        if self.fused is not False and in_triton(
+            tokens
+        ):  # one product for both is faster than z again is small
             x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E)
             gated_projection = partial(self._project, z)
         else:
@@ -120,15 +122,16 @@ class TriOrientedMamba(nn.Module):
         weights = [
             self._weights(*each) for each in zip(self.scan_orders, self._decays(x), strict=True)
         ]
-        y = mamba_mixers(x, weights, self.scan_orders, nslices)
+        y = mamba_mixers(x, weights, self.scan_orders, nslices, self.recompute, self.fused)
         # The gate acts token by token, so the three orders share it: it is applied once, to their sum.
         # It is cheaper to compute again in the backward pass than to keep.
-        return recomputed(y, gated_projection)
+        return recomputed(y, gated_projection, recompute=self.recompute)
 
     def _mix(self, x: Tensor, order: str, nslices: int) -> Tensor:
         """One Mamba mixer without gate over x (B, L, E) visited in `order`; returns (B, L, E)."""
         A = self._decays(x)[self.scan_orders.index(order)]
-        return mamba_mixer(x, *self._weights(order, A), order, nslices)
+        own = self._weights(order, A)
+        return mamba_mixer(x, *own, order, nslices, self.recompute, self.fused)
 
     def _weights(self, order: str, A: Tensor) -> Weights:
         """The weights of one order's mixer."""

@@ -1,9 +1,10 @@
-"""The training step that is counted and measured: which network, on what, with which loss."""
+"""The training step that is counted and measured."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from monai.losses import DiceCELoss
@@ -24,6 +25,7 @@ class Workload:
         in_channels, out_channels: modalities and classes; the defaults are BTCV's.
         precision: `fp32`, or `bf16` under autocast.
         checkpointing: keep only the inputs of the network's blocks and compute the rest again.
+        settings: (name, value) of arguments that replace single ones of the peer's network.
     """
 
     peer: str
@@ -32,30 +34,33 @@ class Workload:
     out_channels: int = 14
     precision: str = "fp32"
     checkpointing: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
 
     def network(self) -> nn.Module:
-        """The network with random weights."""
-        network = build(self.peer, self.in_channels, self.out_channels, self.size)
+        """Make the network with random weights."""
+        channels = self.in_channels, self.out_channels
+        network = build(self.peer, *channels, self.size, **dict(self.settings))
         return with_checkpoints(network) if self.checkpointing else network
 
     def batch(self, device: str) -> tuple[Tensor, Tensor]:
-        """A random image (1, C_in, D, H, W) and label (1, 1, D, H, W)."""
+        """Draw a random image (1, C_in, D, H, W) and label (1, 1, D, H, W)."""
         cube = (self.size,) * 3
         image = torch.randn(1, self.in_channels, *cube, device=device)
         return image, torch.randint(self.out_channels, (1, 1, *cube), device=device)
 
-    def loss(self, network: nn.Module, output: Tensor, label: Tensor) -> Tensor:
-        """The loss of what the network gave."""
-        return loss_function(output, label)
-
-    def setting(self) -> AbstractContextManager:
-        """What has to be in place while the network is built and trained: nothing."""
-        return nullcontext()
-
     def autocast(self, device: str) -> AbstractContextManager:
-        """The context of forward pass and loss."""
+        """Make the context of forward pass and loss."""
         return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+# Levers on SegResMamba's memory by title, each beside those before it: arguments of `Workload`.
+LEVERS: dict[str, dict[str, Any]] = {
+    "straightforward": {"settings": (("recompute", False), ("fused", False))},
+    "mixers fused (CPU, fp32)": {"settings": (("recompute", False),)},
+    "cheap steps computed again": {},
+    "each block checkpointed": {"checkpointing": True},
+}

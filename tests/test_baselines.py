@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from srlib.baselines import PEERS, SMALL, Padded, SegMamba, build, with_checkpoints
-from srlib.model import FEATURES, SegResMamba
+from srlib.baselines import CHECKPOINTED, PEERS, SMALL, Padded, SegMamba, build, with_checkpoints
+from srlib.model import FEATURES, GSC, SegResMamba
 from srlib.profiling import published
-from srlib.segmamba import GSC
 from srlib.tom import ToMLayer
 
 # Registered and never used: a norm of UNETR's transformer, ResEnc's heads for deep supervision.
@@ -29,19 +28,17 @@ def peer(name: str, size: int | tuple[int, ...] = 128, device: str = "meta") -> 
         return build(name, 1, 14, size)
 
 
+# Table 7 prints these within 0.01 %, UNET's within 1.5 %; of the others it prints none, or what does not train.
+PRINTED = {"unetr": 1e-4, "swin_unetr": 1e-4, "nnunet": 1e-4, "segmamba": 1e-4, "unet": 0.015}
+
+
 @pytest.mark.parametrize("name", PEERS)
-def test_parameters_are_those_stated(name):
-    registered = sum(p.numel() for p in peer(name).parameters())
-    assert registered == PEERS[name].parameters + UNUSED.get(name, 0)
-
-
-@pytest.mark.parametrize(
-    ("name", "tolerance"),
-    [("unetr", 1e-4), ("swin_unetr", 1e-4), ("nnunet", 1e-4), ("segmamba", 1e-4), ("unet", 0.015)],
-)
-def test_parameters_are_the_paper_s(name, tolerance):
-    printed = published("table7_size_btcv").loc[PEERS[name].title, "params_m"]
-    assert PEERS[name].parameters / 1e6 == pytest.approx(printed, rel=tolerance)
+def test_parameters_are_those_stated_and_the_paper_s(name):
+    stated = PEERS[name].parameters
+    assert sum(p.numel() for p in peer(name).parameters()) == stated + UNUSED.get(name, 0)
+    if name in PRINTED:
+        printed = published("table7_size_btcv").loc[PEERS[name].title, "params_m"]
+        assert stated / 1e6 == pytest.approx(printed, rel=PRINTED[name])
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -106,6 +103,19 @@ def test_checkpoints_change_neither_function_nor_gradients():
         gradients = torch.autograd.grad(logits.square().mean(), list(network.parameters()))
         results.append([logits.detach(), *gradients])
     torch.testing.assert_close(results[0], results[1])
+
+
+def test_checkpoints_know_blocks_by_names_that_exist():
+    optional = {"BasicBlockD", "StackedConvBlocks"}  # of nnunet_resenc's package
+    names = PEERS.keys() - {"nnunet_resenc"}
+    found = {type(m).__name__ for name in names for m in peer(name, 64).modules()}
+    assert CHECKPOINTED - optional <= found
+
+
+def test_settings_replace_those_of_a_peer():
+    network = build("segresmamba", 1, 2, 64, features=FEATURES["tiny"], tom="none", fused=False)
+    assert network.features == FEATURES["tiny"]
+    assert not [module for module in network.modules() if isinstance(module, ToMLayer)]
 
 
 def test_unknown_peer_is_named():

@@ -1,14 +1,18 @@
 """SegResMamba: the authors' network to rounding, the paper's counts, every size, every variant."""
 
 import json
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from srlib import paths
+from srlib.baselines import with_checkpoints
+from srlib.checkpoints import load_trained
 from srlib.model import FEATURES, SegResMamba, load_released_state_dict
+from srlib.train import build_model
 
 ORACLE = Path(__file__).parent / "oracles" / "released_segresmamba_f8.npz"
 TINY = FEATURES["tiny"]
@@ -58,6 +62,63 @@ def test_dataparallel_prefix_is_taken_off(oracle):
     model = SegResMamba(1, 3, TINY, variant="released").double()
     load_released_state_dict(model, {f"module.{k}": v for k, v in oracle["state"].items()})
     torch.testing.assert_close(model.head.bias.data, oracle["state"]["out.bias"])
+
+
+# --- Weights: names and random numbers --------------------------------------------------------------
+
+
+def former(name: str, tom: str) -> str:
+    """A parameter's name in files from before the mixed block's layers had the paper's."""
+    f4 = "inner.3" if tom in ("both", "inner") else "inner.2"
+    old = {"f1": "inner.0", "f2": "inner.1", "f3": "inner.2", "f4": f4, "f5": "restore"}
+    first, stage, layer, *rest = [*name.split("."), "", ""]
+    if first != "blocks":
+        return name
+    return ".".join([first, stage, {**old, "tom": "outer"}[layer], *rest]).rstrip(".")
+
+
+@pytest.mark.parametrize("tom", ["both", "inner", "outer", "none", "conv"])
+def test_state_dicts_with_the_former_names_load(tom):
+    wanted = SegResMamba(1, 2, TINY, tom=tom).state_dict()
+    model = SegResMamba(1, 2, TINY, tom=tom)
+    wrapped = nn.ModuleDict({"network": model})  # as in a network that holds this one
+    wrapped.load_state_dict({f"network.{former(k, tom)}": v for k, v in wanted.items()})
+    torch.testing.assert_close(model.state_dict(), wanted, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict({**wanted, "blocks.0.inner.4.0.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("dataset", ["hippocampus", "mni152"])
+def test_published_networks_load(dataset):
+    trained = load_trained(paths.REFERENCE / dataset / "tiny.safetensors")
+    model = build_model(trained.config, trained.entry)
+    model.load_state_dict(trained.weights)
+    for name, parameter in model.named_parameters():
+        stored = trained.weights[former(name, "both")]
+        assert torch.equal(parameter, stored.float()), name
+
+
+@pytest.mark.parametrize(
+    ("options", "fingerprint"),
+    [
+        ({}, 13897555.9004842),
+        ({"tom": "inner"}, 5139374.7455090135),
+        ({"tom": "outer"}, 5108484.911049077),
+        ({"tom": "none"}, 702251.224032158),
+        ({"block": "segmamba"}, 12541120.421968738),
+        ({"variant": "released"}, 888404.2230016094),
+        ({"scan_orders": ("reverse",), "extra_conv": False}, 3869116.8246996617),
+    ],
+    ids=str,
+)
+def test_a_seed_draws_the_same_weights_as_ever(options, fingerprint):
+    torch.manual_seed(0)
+    weights = SegResMamba(1, 2, TINY, **options).parameters()
+    found = sum(k * w.double().abs().sum().item() for k, w in enumerate(weights, 1))
+    assert found == pytest.approx(fingerprint, rel=1e-7)  # other seeds are 1e-4 away
+
+
+# --- Variants and sizes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -130,23 +191,40 @@ def test_every_input_voxel_of_an_odd_size_reaches_the_output():
     assert (x.grad != 0).all()
 
 
+# --- One function, computed in several ways --------------------------------------------------------
+
+
+def step(size: tuple[int, ...], checkpoints: bool = False, **options) -> dict[str, torch.Tensor]:
+    """Logits and gradients of a network with the same weights, whatever the options that do not change it."""
+    torch.manual_seed(0)
+    model = SegResMamba(2, 3, TINY, **options)
+    names = dict(model.named_parameters())
+    x = torch.randn(1, 2, *size, requires_grad=True)
+    y = with_checkpoints(model)(x) if checkpoints else model(x)
+    gradients = torch.autograd.grad(y.square().mean(), [x, *names.values()])
+    return {"y": y, **dict(zip(["x", *names], gradients, strict=True))}
+
+
 @pytest.mark.parametrize("options", [{}, {"tom": "none"}, {"variant": "released"}], ids=str)
 @pytest.mark.parametrize("size", [(64, 32, 48), (37, 35, 34)])
-def test_recomputation_changes_no_output_and_no_gradient(options, size, monkeypatch):
-    """Bit for bit what the plain composition gives."""
+def test_recomputation_changes_no_output_and_no_gradient(options, size):
+    """Bit for bit what autograd makes of all that it keeps."""
+    kept = step(size, recompute=False, **options)
+    torch.testing.assert_close(step(size, recompute=True, **options), kept, rtol=0, atol=0)
 
-    def step():
-        torch.manual_seed(0)
-        model = SegResMamba(2, 3, TINY, **options)
-        x = torch.randn(1, 2, *size, requires_grad=True)
-        y = model(x)
-        names = dict(model.named_parameters())
-        gradients = torch.autograd.grad(y.square().mean(), [x, *names.values()])
-        return {"y": y, **dict(zip(["x", *names], gradients, strict=True))}
 
-    found = step()
-    monkeypatch.setattr("srlib.model.recomputed", lambda x, *fs: reduce(lambda y, f: f(y), fs, x))
-    torch.testing.assert_close(found, step(), rtol=0, atol=0)
+@pytest.mark.parametrize("way", [{"fused": False}, {"checkpoints": True}], ids=str)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_other_ways_give_the_same_gradients(way, recompute):
+    expected = {name: t.detach() for name, t in step((40, 33, 34)).items()}
+    logits = float(expected["y"].abs().max())
+    largest = max(float(t.abs().max()) for name, t in expected.items() if name != "y")
+    for name, found in step((40, 33, 34), recompute=recompute, **way).items():
+        off = float((found.detach() - expected[name]).abs().max())
+        assert off < 1e-5 * (logits if name == "y" else largest), name
+
+
+# --- Calls -----------------------------------------------------------------------------------------
 
 
 def test_encode_then_decode_is_forward():
@@ -182,6 +260,7 @@ def test_bad_inputs_are_named():
         ({"block": "segmamba", "tom": "inner"}, "block must be one of"),
         ({"variant": "released", "tom": "both"}, "released variant runs no ToM"),
         ({"features": (8, 16, 32)}, "features must be four numbers"),
+        ({"recompute": "never"}, "recompute must be True, False or 'auto'"),
         ({"features": (12, 24, 48, 96)}, "features must be four numbers"),
         ({"features": (8, 16, 32, 48)}, "features must be four numbers"),
     ],

@@ -24,7 +24,7 @@ from srlib.profiling import (
     process_memory,
     published,
 )
-from srlib.workload import loss_function
+from srlib.workload import LEVERS, loss_function
 
 SMALL = Workload("unet", size=32, out_channels=4)  # four: the CPU pads channels to a multiple
 
@@ -203,3 +203,11 @@ def test_published_tables_have_the_printed_values():
         "flops_g": 188.42,
     }
     assert published("table8_training_memory_gb").loc["UNETR", "spleen_96"] == 0.14
+
+
+def test_each_lever_keeps_less():
+    works = [Workload("segresmamba", 64, **options) for options in LEVERS.values()]
+    totals = [count(work).totals for work in works]
+    kept = [found["kept"] + found["kept_by_loss"] for found in totals]
+    assert kept == sorted(set(kept), reverse=True)
+    assert kept[2] < 0.5 * kept[0]

@@ -22,8 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from srlib.recompute import recomputed
-
 from . import cpu, triton_mixer
 from .choice import backends, choose
 from .inputs import ScanInputs, check_gradient, check_mixer
@@ -35,6 +33,7 @@ from .operator import (
     selective_scan,
 )
 from .orders import token_order
+from .recompute import Recompute, recomputed
 
 
 class Weights(NamedTuple):
@@ -65,6 +64,8 @@ def mamba_mixer(
     D: Tensor,
     order: str = "forward",
     nslices: int = 1,
+    recompute: Recompute = "auto",
+    fused: bool | None = None,
 ) -> Tensor:
     """Mamba's sequence mixing without gate, its sequence visited in `order`.
 
@@ -82,25 +83,35 @@ def mamba_mixer(
         D: (E,).
         order: `forward`, `reverse` or `inter_slice` (see `token_order`).
         nslices: number of slices of the inter-slice order.
+        recompute: of the composition; it keeps x alone then (`recomputed`).
+        fused: the fused operator or the composition; `None` takes the former where it can run.
 
     Returns:
         y (B, L, E) in memory order.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit (the message names the argument), or an unknown order.
+        ValueError: shapes, dtypes or devices do not fit (the message names the argument), an unknown order, or
+            `fused` for tensors that the fused operator does not take.
+        RuntimeError: `fused` where the fused operator cannot run.
     """
     weights = Weights(conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
     check_mixer((x, *weights), order, nslices)
-    if in_triton(x):
+    if fused is not False and in_triton(x):
         return mamba_mixers(x, [weights], [order], nslices)
-    if _can_fuse(x, conv_weight):
+    if _can_fuse(x, conv_weight) if fused is None else fused:
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
         return fused_mixer(x, *weights, order, nslices, keep)[0]
-    return recomputed(x, functools.partial(_composed, weights, order, nslices))
+    compose = functools.partial(_composed, weights, order, nslices)
+    return recomputed(x, compose, recompute=recompute)
 
 
 def mamba_mixers(
-    x: Tensor, weights: Sequence[Weights], orders: Sequence[str], nslices: int
+    x: Tensor,
+    weights: Sequence[Weights],
+    orders: Sequence[str],
+    nslices: int,
+    recompute: Recompute = "auto",
+    fused: bool | None = None,
 ) -> Tensor:
     """The sum of `mamba_mixer` over `orders`: tokens x (B, L, E) -> (B, L, E).
 
@@ -109,14 +120,15 @@ def mamba_mixers(
         weights: of each order.
         orders: of the scans.
         nslices: number of slices of the inter-slice order.
+        recompute, fused: as in `mamba_mixer`.
     """
-    if in_triton(x):
+    if fused is not False and in_triton(x):
         by_kind = [t for kind in zip(*weights, strict=True) for t in kind]
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *by_kind))
         return triton_mixer.mixers(x, by_kind, ",".join(orders), nslices, keep)[0]
-    y = mamba_mixer(x, *weights[0], orders[0], nslices)
+    y = mamba_mixer(x, *weights[0], orders[0], nslices, recompute, fused)
     for order, own in zip(orders[1:], weights[1:], strict=True):
-        y += mamba_mixer(x, *own, order, nslices)
+        y += mamba_mixer(x, *own, order, nslices, recompute, fused)
     return y
 
 

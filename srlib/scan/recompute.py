@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+Recompute = Literal[True, False, "auto"]
+MAPS = 200  # tensors of one size that a device holds when its memory is plentiful
 
-def recomputed(x: Tensor, *functions: Callable[[Tensor], Any]) -> Any:
+
+def check_recompute(recompute: object) -> None:
+    """Raise ValueError for anything but True, False and "auto"."""
+    if recompute not in get_args(Recompute):
+        raise ValueError(f"recompute must be True, False or 'auto', got {recompute!r}")
+
+
+def recomputed(
+    x: Tensor, *functions: Callable[[Tensor], Any], recompute: Recompute = "auto"
+) -> Any:
     """Apply functions one after the other; of them all, only `x` is kept for the backward pass.
 
     That pass runs them again, up to the last tensor that a gradient needs. Where the last function is a convolution
@@ -20,23 +32,33 @@ def recomputed(x: Tensor, *functions: Callable[[Tensor], Any]) -> Any:
     place before that pass, it raises torch's RuntimeError, as they would compute something else.
 
     Args:
-        x: what the first function takes.
+        x: input of the first function.
         *functions: modules, their methods, plain functions, or `partial`s of these that bind more tensors; the last
             one may return anything, the others one tensor.
+        recompute: False keeps all that autograd keeps. "auto" does so where `x` lies on a CUDA device that has room
+            for 200 tensors of its size: SegResMamba keeps the bytes of about 100 of its largest maps then.
 
     Returns:
-        What the last function returns.
+        The result of the last function.
 
     Raises:
         TypeError: a function of another kind, whose tensors cannot be found.
     """
-    return checkpoint(
-        lambda start, *_: reduce(lambda value, function: function(value), functions, start),
-        x,
-        *_held(functions),
-        use_reentrant=False,
-        preserve_rng_state=False,
-    )
+
+    def compute(start: Tensor, *_: Tensor) -> Any:
+        return reduce(lambda value, function: function(value), functions, start)
+
+    held = [*_held(functions)]
+    if _fits(x) if recompute == "auto" else not recompute:
+        return compute(x)
+    return checkpoint(compute, x, *held, use_reentrant=False, preserve_rng_state=False)
+
+
+def _fits(x: Tensor) -> bool:
+    """Tell by the tensor alone, so that a block that is itself computed again decides in the same way."""
+    if not x.is_cuda:
+        return False
+    return x.nbytes * MAPS < torch.cuda.get_device_properties(x.device).total_memory
 
 
 def _held(part: Any) -> Iterator[Tensor]:
