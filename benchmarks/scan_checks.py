@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srlib import provenance
+from srlib import provenance, tables
 from srlib.paths import REFERENCE
 from srlib.scan import ORDERS, mamba_mixer, mixer, selective_scan, token_order, triton
 from srlib.scan.inputs import Options, ScanInputs
@@ -166,7 +166,7 @@ def length_errors(length: int, channels: int = 17, states: int = 2) -> dict[str,
 def sweep(longest: int) -> bool:
     """Add the lengths that the table does not have; whether no error is larger than float32 allows."""
     file = FOLDER / "scan_gradients.csv"
-    table = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["length"])
+    table = tables.read(file) if file.is_file() else pd.DataFrame(columns=["length"])
     for length in range(1, longest + 1):
         if length not in set(table["length"]):
             rows = [
@@ -276,7 +276,7 @@ def fuzz(operator: str, minutes: float, seed: int) -> bool:
     row |= {"error_float32": worst, "findings": found}
     print(row)
     file = FOLDER / "scan_fuzz.csv"
-    table = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=list(row))
+    table = tables.read(file) if file.is_file() else pd.DataFrame(columns=list(row))
     kept = table[table["operator"] != operator]
     rows = [*kept.to_dict("records"), row]
     provenance.write_table(pd.DataFrame(rows).sort_values("operator"), file)

@@ -459,7 +459,10 @@ def test_scores_of_regions_are_thresholds_where_the_regions_lie_inside_each_othe
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(
-        st.lists(st.integers(1, 300), min_size=1, max_size=3, unique=True), min_size=1, max_size=5
+        st.lists(st.integers(1, 300), min_size=1, max_size=3, unique=True),
+        min_size=1,
+        max_size=5,
+        unique_by=tuple,  # two names of one value are refused
     )
 )
 def test_values_of_files_come_back_whatever_the_classes(values):

@@ -78,8 +78,10 @@ def test_output_and_all_gradients_follow_the_definition(
     found = gradients(inputs, grad, **options, backend=backend)
     expected = definition(inputs, grad, **options)
     assert found["y"].stride() == torch.empty_like(inputs["u"]).stride()
+    # The gradient of a few numbers is a sum over all tokens that may nearly cancel, but not its rounding.
+    bound = 1e-5 if channels * states >= 8 else 1e-4
     for name, value in expected.items():
-        assert relative_error(found[name], value) < 1e-5, name
+        assert relative_error(found[name], value) < bound, name
 
 
 @pytest.mark.parametrize("backend", BY_HAND)
