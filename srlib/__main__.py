@@ -166,7 +166,9 @@ def test(context: typer.Context) -> None:
     os.environ["SRLIB_PROFILE"] = "smoke"
     notebooks = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1200"]
     notebooks += ["--nbval-sanitize-with", "tests/nbval_sanitize.cfg", "notebooks"]
-    arguments = context.args or ["tests", *notebooks]
+    workers = min(os.cpu_count() or 1, 4)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    arguments = context.args or [f"-n{workers}", "--dist=loadscope", "tests", *notebooks]
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])
 
 
