@@ -160,7 +160,7 @@ def store_outputs(dataset: DatasetOption = "mni152", only: Only = None) -> None:
 @app.command(context_settings=PASS_ON)
 def test(context: typer.Context) -> None:
     """Run the tests, and the notebooks in the smoke profile; further arguments go to pytest."""
-    if find_spec("nbval") is None or find_spec("pytest") is None:
+    if any(find_spec(name) is None for name in ("pytest", "nbval", "xdist")):
         raise ImportError('the tests need the extra "dev": pip install -e ".[dev]"')
     os.chdir(paths.ROOT)
     os.environ["SRLIB_PROFILE"] = "smoke"
