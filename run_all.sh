@@ -125,9 +125,10 @@ fill_venv() {
     fail "\"$1 -m venv\" failed; on Debian and Ubuntu install python3-venv"
   fi
   # Isolated: what PYTHONPATH leads to is not in .venv.
-  "$venv/bin/python" -I -m pip install --quiet --disable-pip-version-check -r "$lock"
-  "$venv/bin/python" -I -m pip install --quiet --disable-pip-version-check --no-deps \
-    -r "$root/requirements-nodeps.lock" -e "$root"
+  local pip=("$venv/bin/python" -I -m pip install --quiet --disable-pip-version-check)
+  "${pip[@]}" --no-deps --require-hashes -r "$lock"
+  "${pip[@]}" -r "$root/requirements-torch.lock"
+  "${pip[@]}" --no-deps -e "$root"
   cp "$lock" "$mark"
   echo "run_all.sh: .venv is ready after ${SECONDS} s"
 }

@@ -160,14 +160,16 @@ def store_outputs(dataset: DatasetOption = "mni152", only: Only = None) -> None:
 @app.command(context_settings=PASS_ON)
 def test(context: typer.Context) -> None:
     """Run the tests, and the notebooks in the smoke profile; further arguments go to pytest."""
-    if find_spec("nbval") is None or find_spec("pytest") is None:
+    if any(find_spec(name) is None for name in ("pytest", "nbval", "xdist")):
         raise ImportError('the tests need the extra "dev": pip install -e ".[dev]"')
     os.chdir(paths.ROOT)
     os.environ["SRLIB_PROFILE"] = "smoke"
     os.environ["SRLIB_INTERACTIVE"] = "1"  # cells with explorers are executed, too
     notebooks = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1200"]
     notebooks += ["--nbval-sanitize-with", "tests/nbval_sanitize.cfg", "notebooks"]
-    arguments = context.args or ["tests", *notebooks]
+    workers = min(os.cpu_count() or 1, 4)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    arguments = context.args or [f"-n{workers}", "--dist=loadscope", "tests", *notebooks]
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])
 
 

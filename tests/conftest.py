@@ -16,12 +16,14 @@ NO_NETWORK = str(Path(__file__).parent / "no_network")
 def pytest_configure(config: pytest.Config) -> None:
     """Results of tests go to a folder of their own: nothing is reused, nothing of the user's is touched.
 
-    Nothing reaches another machine either, from here or from what is started here.
+    Nothing reaches another machine either, from here or from what is started here. Workers of xdist are that too.
     """
     sys.path.insert(0, NO_NETWORK)
     sys.modules.pop("sitecustomize", None)  # another one that Python may have found
     import sitecustomize  # noqa: F401
 
+    if hasattr(config, "workerinput"):  # of xdist
+        return
     inherited = filter(None, [NO_NETWORK, os.environ.get("PYTHONPATH")])
     os.environ["PYTHONPATH"] = os.pathsep.join(inherited)
     folder = tempfile.TemporaryDirectory(prefix="srlib-test-results-")
