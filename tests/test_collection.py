@@ -367,5 +367,5 @@ def test_a_broken_manifest_is_told_by_name(notebooks, tmp_path, text):
     file = tmp_path / "results" / "smoke" / "mni152" / "manifest.json"
     file.parent.mkdir(parents=True)
     file.write_text(text)
-    with pytest.raises(ValueError, match=r"manifest\.json: not a manifest"):
+    with pytest.raises(ValueError, match=r"manifest\.json: expected a manifest"):
         plan(notebooks)
