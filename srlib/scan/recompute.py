@@ -51,6 +51,10 @@ def recomputed(
     held = [*_held(functions)]
     if _fits(x) if recompute == "auto" else not recompute:
         return compute(x)
+    if (
+        not torch.is_grad_enabled()
+    ):  # nothing is kept; checkpoint would import torch's compiler, which takes a second
+        return compute(x)
     return checkpoint(compute, x, *held, use_reentrant=False, preserve_rng_state=False)
 
 
