@@ -4,7 +4,7 @@
 
 The networks of `srlib.baselines` and SegResMamba with fewer ToM layers, with one random image of one channel, 14
 classes; forward pass, Dice and cross-entropy, backward pass, AdamW. A row for each precision and each way to keep
-activations: `recomputation` off keeps what autograd asks for; on is `recomputed` for SegResMamba and SegMamba,
+activations: `recomputation` off keeps what autograd asks for; on is `recompute` of SegResMamba and SegMamba,
 checkpoints around blocks for the others (`srlib.baselines.with_checkpoints`).
 
 - `eager_ms`, `captured_ms`: medians of 20 and 50 steps, launched from Python and replayed as a CUDA graph;
@@ -20,52 +20,41 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from unittest.mock import patch
 
 import pandas as pd
 import pynvml
 import torch
-from srlib.levers import kept
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from srlib import provenance
 from srlib.baselines import PEERS
 from srlib.captured import WARM_UP, CapturedStep
-from srlib.model import SegResMamba
-from srlib.workload import Workload
+from srlib.workload import Workload, loss_function
 
 VARIANTS = ("none", "inner", "outer")  # beside SegResMamba with both ToM layers
-OURS = ("segresmamba", "segresmamba_released", "segmamba")
+OURS = ("segresmamba", "segmamba")  # names of what has `recompute` begin so
 EAGER, CAPTURED = 20, 50
 
 
-def cases(peers: list[str], size: int) -> Iterator[tuple[str, str, bool]]:
-    """Network, precision, recomputation."""
-    names = [*peers, *(f"segresmamba_{tom}" for tom in VARIANTS if "segresmamba" in peers)]
-    for precision, recomputation in (("bf16", False), ("bf16", True), ("fp32", False)):
-        for name in sorted(names, key=lambda name: not name.startswith("segresmamba")):
-            yield name, precision, recomputation
-
-
-@contextmanager
-def network_of(name: str, precision: str, recomputation: bool, size: int) -> Iterator[tuple]:
-    """The workload and its network, for as long as it keeps activations that way."""
-    variant = name.removeprefix("segresmamba_")
-    ours = variant in VARIANTS or name in OURS
-    peer = "segresmamba" if variant in VARIANTS else name
-    work = Workload(peer, size, precision=precision, checkpointing=recomputation and not ours)
-    with ExitStack() as stack:
-        if not recomputation:
-            for module in ("model", "tom", "segmamba", "scan.mixer"):
-                stack.enter_context(patch(f"srlib.{module}.recomputed", kept, create=True))
-        if variant in VARIANTS:
-            yield work, SegResMamba(work.in_channels, work.out_channels, tom=variant)
-        else:
-            yield work, work.network()
+def cases(peers: list[str], size: int) -> Iterator[tuple[str, Workload]]:
+    """Each row's name of the network and its workload."""
+    variants = [(f"segresmamba_{tom}", {"tom": tom}) for tom in VARIANTS if "segresmamba" in peers]
+    for precision, again in (("bf16", False), ("bf16", True), ("fp32", False)):
+        for name, settings in [*((peer, {}) for peer in peers), *variants]:
+            ours = name.startswith(OURS)
+            yield (
+                name,
+                Workload(
+                    "segresmamba" if settings else name,
+                    size,
+                    precision=precision,
+                    checkpointing=again and not ours,
+                    settings=tuple((settings | ({"recompute": again} if ours else {})).items()),
+                ),
+            )
 
 
 def milliseconds(function: Callable[[], object], count: int) -> float:
@@ -79,15 +68,16 @@ def milliseconds(function: Callable[[], object], count: int) -> float:
     return median(times)
 
 
-def measure(work: Workload, network: nn.Module) -> dict[str, float]:
+def measure(work: Workload) -> dict[str, float]:
     """One row's numbers."""
-    network.cuda().train()
+    torch.manual_seed(0)
+    network = work.network().cuda().train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True, capturable=True)
 
     def step(image: Tensor, label: Tensor) -> Tensor:
         optimizer.zero_grad()
         with work.autocast("cuda"):
-            loss = work.loss(network, network(image), label)
+            loss = loss_function(network(image), label)
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -132,18 +122,17 @@ def main() -> None:
     options = parser.parse_args()
     pynvml.nvmlInit()
     start, rows = time.monotonic(), []
-    for name, precision, recomputation in cases(options.peers, options.size):
+    for name, work in cases(options.peers, options.size):
         if time.monotonic() - start > 60 * options.minutes:
-            print("out of time before", name, precision, recomputation)
+            print("out of time before", name, work)
             break
-        row = {"network": name, "size": options.size, "precision": precision}
-        row["recomputation"] = "on" if recomputation else "off"
+        again = work.checkpointing or ("recompute", True) in work.settings
+        row = {"network": name, "size": work.size, "precision": work.precision}
+        row["recomputation"] = "on" if again else "off"
         try:
-            with network_of(name, precision, recomputation, options.size) as (work, network):
-                row |= measure(work, network)
+            row |= measure(work)
         except (ImportError, torch.OutOfMemoryError) as error:
             row["error"] = f"{type(error).__name__}: {error}"
-        network = None
         gc.collect()
         torch.cuda.empty_cache()
         rows.append(row)

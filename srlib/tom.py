@@ -110,9 +110,8 @@ class TriOrientedMamba(nn.Module):
     def forward(self, tokens: Tensor, depth: int) -> Tensor:
         """Mix tokens (B, L, C) of a feature map with `depth` slices; returns (B, L, C)."""
         nslices = self.nslices or depth
-        if self.fused is not False and in_triton(
-            tokens
-        ):  # one product for both is faster than z again is small
+        # One product for both is faster than z again is small.
+        if self.fused is not False and in_triton(tokens):
             x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E)
             gated_projection = partial(self._project, z)
         else:
