@@ -15,7 +15,7 @@ import torch
 from scan_files import AFFINE, scan, write, write_pairs
 from typer.testing import CliRunner
 
-from srlib import __main__, collection, errors, grid, images, model, paths, plans, train
+from srlib import __main__, checksums, collection, errors, grid, images, model, paths, plans, train
 
 SMALL = ("--model", "tiny", "--steps", "2", "--batch-size", "1", "--patch", "36", "8", "8")
 
@@ -159,6 +159,47 @@ def empty(path: Path) -> None:
 
 def binary(path: Path) -> None:
     path.write_bytes(bytes(range(256)))
+
+
+@pytest.mark.parametrize("spoil", [empty, cut, binary, not_a_notebook])
+@pytest.mark.parametrize(
+    ("pattern", "arguments"),
+    [
+        ("cache/plans/*.json", ("data", "check", "scans")),
+        ("run/evaluation.json", ("evaluate", "run")),
+    ],
+)
+def test_a_broken_cache_is_named_and_made_again(place, pattern, arguments, spoil, caplog):
+    if pattern.startswith("run"):
+        (place / pattern).write_text(json.dumps({"content": {}, "sha256": "0"}))
+    (file,) = place.glob(pattern)
+    spoil(file)
+    plans._loaded.cache_clear()
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    (record,) = caplog.records
+    assert f"{file}: " in record.message
+    assert record.message.endswith("it is made again")
+    assert json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("change", ["missing", "of another shape"])
+def test_weights_that_are_not_the_networks(place, change):
+    file = place / "run" / "model.safetensors"
+    weights, about = checksums.load_tensors(file)
+    name = next(iter(weights))
+    weights |= {name: torch.zeros(3)}
+    if change == "missing":
+        del weights[name]
+    checksums.save_tensors(file, weights, about)
+    write(place / "scan.nii", scan(0)[0], AFFINE)
+    refused(
+        invoke(*PREDICT, "scan.nii"),
+        f"run/{file.name}",
+        "weights are not those",
+        name,
+        "expected (",
+    )
 
 
 @pytest.fixture(scope="module")
