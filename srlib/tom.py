@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,6 @@ from srlib.scan import (
     channel_norm,
     gated,
     in_triton,
-    mamba_mixer,
     mamba_mixers,
     project,
 )
@@ -110,52 +109,45 @@ class TriOrientedMamba(nn.Module):
     def forward(self, tokens: Tensor, depth: int) -> Tensor:
         """Mix tokens (B, L, C) of a feature map with `depth` slices; returns (B, L, C)."""
         nslices = self.nslices or depth
-        # One product for both is faster than z again is small.
         if self.fused is not False and in_triton(tokens):
-            x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E)
-            gated_projection = partial(self._project, z)
+            # One product for both is faster than computing z again is small.
+            x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, 2 E) -> two of (B, L, E)
+            gate = partial(self._gate, z)
         else:
-            into_x, into_z = self.in_proj.weight.chunk(2)
-            x = F.linear(tokens, into_x)
-            gated_projection = partial(self._gated_projection, tokens, into_z)
-        weights = [
-            self._weights(*each) for each in zip(self.scan_orders, self._decays(x), strict=True)
-        ]
-        y = mamba_mixers(x, weights, self.scan_orders, nslices, self.recompute, self.fused)
+            into_x, into_z = self.in_proj.weight.chunk(2)  # (2 E, C) -> two of (E, C)
+            x = F.linear(tokens, into_x)  # (B, L, C) -> (B, L, E)
+            gate = partial(self._gate_again, tokens, into_z)
+        y = mamba_mixers(x, self._weights(), self.scan_orders, nslices, self.recompute, self.fused)
         # The gate acts token by token, so the three orders share it: it is applied once, to their sum.
         # It is cheaper to compute again in the backward pass than to keep.
-        return recomputed(y, gated_projection, recompute=self.recompute)
+        return recomputed(y, gate, recompute=self.recompute)
 
-    def _mix(self, x: Tensor, order: str, nslices: int) -> Tensor:
-        """One Mamba mixer without gate over x (B, L, E) visited in `order`; returns (B, L, E)."""
-        A = self._decays(x)[self.scan_orders.index(order)]
-        own = self._weights(order, A)
-        return mamba_mixer(x, *own, order, nslices, self.recompute, self.fused)
-
-    def _weights(self, order: str, A: Tensor) -> Weights:
-        """The weights of one order's mixer."""
-        suffix = SUFFIXES[order]
-        conv1d = cast(nn.Conv1d, self.get_submodule(f"conv1d{suffix}"))
-        x_proj = cast(nn.Linear, self.get_submodule(f"x_proj{suffix}"))
-        dt_proj = cast(nn.Linear, self.get_submodule(f"dt_proj{suffix}"))
-        conv_bias = cast(Tensor, conv1d.bias)
-        projections = x_proj.weight, dt_proj.weight, dt_proj.bias
-        D = self.get_parameter(f"D{suffix}")
-        return Weights(conv1d.weight.squeeze(1), conv_bias, *projections, A, D)
-
-    def _decays(self, x: Tensor) -> Sequence[Tensor]:
-        """A (E, N) of each order: negative, the rate at which the state is forgotten."""
+    def _weights(self) -> list[Weights]:
+        """Weights of each order's mixer; its A (E, N) is negative, the rate at which the state is forgotten."""
+        get, suffixes = self.get_parameter, [SUFFIXES[order] for order in self.scan_orders]
         if self.recurrence:
-            names = (f"A{SUFFIXES[order]}_log" for order in self.scan_orders)
-            return (-torch.exp(torch.stack([self.get_parameter(name) for name in names]))).unbind()
-        forget = x.new_full((self.d_inner, self.d_state), FORGET, dtype=torch.float32)
-        return [forget] * len(self.scan_orders)
+            As = (-torch.exp(torch.stack([get(f"A{s}_log") for s in suffixes]))).unbind()
+        else:
+            D = get(f"D{suffixes[0]}")
+            As = (D.new_full((self.d_inner, self.d_state), FORGET),) * len(suffixes)
+        return [
+            Weights(
+                conv_weight=get(f"conv1d{s}.weight").squeeze(1),  # (E, 1, taps) -> (E, taps)
+                conv_bias=get(f"conv1d{s}.bias"),
+                x_proj=get(f"x_proj{s}.weight"),
+                dt_proj=get(f"dt_proj{s}.weight"),
+                dt_bias=get(f"dt_proj{s}.bias"),
+                A=A,
+                D=get(f"D{s}"),
+            )
+            for s, A in zip(suffixes, As, strict=True)
+        ]
 
-    def _gated_projection(self, tokens: Tensor, into_z: Tensor, y: Tensor) -> Tensor:
-        return self._project(F.linear(tokens, into_z), y)
+    def _gate(self, z: Tensor, y: Tensor) -> Tensor:
+        return project(gated(y, z), self.out_proj).transpose(1, 2)  # (B, L, E) -> (B, L, C)
 
-    def _project(self, z: Tensor, y: Tensor) -> Tensor:
-        return project(gated(y, z), self.out_proj).transpose(1, 2)
+    def _gate_again(self, tokens: Tensor, into_z: Tensor, y: Tensor) -> Tensor:
+        return self._gate(F.linear(tokens, into_z), y)
 
 
 class ToMLayer(nn.Module):
