@@ -11,7 +11,7 @@
 #   ./run_all.sh test                 the tests, and the notebooks in the smoke profile
 #   ./run_all.sh verify               compare the last run's tables with the repository's
 #   ./run_all.sh lab                  JupyterLab at 00_start_here, with the explorers
-#   ./run_all.sh bench scan           time and memory of the scan on this machine
+#   ./run_all.sh bench scan cpu       time and memory of the scan on this machine
 #   ./run_all.sh train --data DIR     a network for your own scans; or --dataset NAME
 #   ./run_all.sh evaluate CHECKPOINT  its metrics on the cases that were held out
 #   ./run_all.sh predict CHECKPOINT SCAN... --out DIR

@@ -163,7 +163,7 @@ def rows_of(config: RunConfig, weights: str, network: nn.Module, cases: int) -> 
     key |= {"weights": weights, "cases": cases, "radius_95_mm": receptive.radius(found, spacing)}
     key |= {"device": provenance.device_name()}
     print(*key.values(), flush=True)
-    return receptive.profile(found, spacing).assign(**key)
+    return receptive.share_by_radius(found, spacing).assign(**key)
 
 
 # --- What fits where, and what the comparisons cost -----------------------------------------------

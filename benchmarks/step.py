@@ -1,45 +1,237 @@
-"""A training step of every network on one GPU, in one run: time, kernels, memory and energy, as one table.
+"""A training step: its memory, arithmetic, time and energy, counted or measured, of every network.
 
-    python benchmarks/step.py OUT.csv [--minutes 9] [--size 128] [--peers unet,segmamba]
+    python benchmarks/step.py count            # results/reference/memory/counted.csv, levers.csv; no device is used
+    python benchmarks/step.py measure          # results/reference/memory/measured_cpu.csv; memory, no times
+    python benchmarks/step.py levers           # results/reference/memory/levers_cpu.csv; nothing else may run
+    python benchmarks/step.py systems          # prints results/reference/cpu/systems.csv anew; nothing else may run
+    python benchmarks/step.py settings OUT.csv # results/reference/gpu/memory.csv
+    python benchmarks/step.py gpu OUT.csv      # eager and captured steps on one GPU
 
-The networks of `srlib.baselines` and SegResMamba with fewer ToM layers, with one random image of one channel, 14
-classes; forward pass, Dice and cross-entropy, backward pass, AdamW. A row for each precision and each way to keep
-activations: `recomputation` off keeps what autograd asks for; on is `recompute` of SegResMamba and SegMamba,
-checkpoints around blocks for the others (`srlib.baselines.with_checkpoints`).
-
-- `eager_ms`, `captured_ms`: medians of 20 and 50 steps, launched from Python and replayed as a CUDA graph;
-- `busy_ms`, `kernels`: the sum over a step's kernels, copies and fills, and their number, by torch's profiler;
-- `peak_gib`: most memory allocated in eager steps; `joules`: a captured step's, by the board's counter.
-
-A row is written as soon as it is measured; no new one is begun after `--minutes`.
+A row is written as soon as it is there.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple, fields
+from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Annotated
+from unittest.mock import patch
 
 import pandas as pd
-import pynvml
+import psutil
 import torch
+import typer
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from srlib import provenance
+from srlib import grid, paths, provenance, tables, train
 from srlib.baselines import PEERS
 from srlib.captured import WARM_UP, CapturedStep
-from srlib.workload import Workload, loss_function
+from srlib.profiling import (
+    GIB,
+    LEVERS,
+    PUBLISHED,
+    Workload,
+    count,
+    loss_function,
+    measure_apart,
+)
+
+app = typer.Typer(help=__doc__, rich_markup_mode=None)
+FOLDER = paths.REFERENCE / "memory"
+SIZES = (64, 96, 128, 160)  # counted
+Sizes = Annotated[list[int] | None, typer.Option(help="Voxels along an edge; may be repeated.")]
+Peers = Annotated[list[str] | None, typer.Option("--peer", help="May be repeated.")]
+Minutes = Annotated[float, typer.Option(help="After these no new row is begun.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+def named(device: str) -> str:
+    """The device as a row names it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{provenance.cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def write(rows: list[dict], file: Path) -> None:
+    """Write the rows so far, and print the last one."""
+    provenance.write_table(pd.DataFrame(rows), file)
+    print(*rows[-1].values(), flush=True)
+
+
+# --- The tables of 05_memory ----------------------------------------------------------------------
+
+
+@app.command("count")
+def count_all() -> None:
+    """Count every system, size and precision, with checkpoints at the paper's size; then SegResMamba's levers.
+
+    Levers: GiB of activations after the loss and of the peak; `share` and `arithmetic` are of the first row's.
+    """
+    rows: list[dict] = []
+    for checkpointing, size, precision, peer in product(
+        (False, True), SIZES, ("fp32", "bf16"), PEERS
+    ):
+        if size == 128 or not checkpointing:
+            work = Workload(peer, size, precision=precision, checkpointing=checkpointing)
+            key = ("peer", "size", "precision", "checkpointing")
+            rows.append({name: getattr(work, name) for name in key} | count(work).totals)
+            write(rows, FOLDER / "counted.csv")
+    rows = []
+    for precision, (lever, options) in product(("fp32", "bf16"), LEVERS.items()):
+        totals = count(Workload("segresmamba", precision=precision, **options)).totals
+        kept, gmacs = totals["kept"] + totals["kept_by_loss"], totals["step_gmacs"]
+        if not rows:
+            all_kept, plain = kept, gmacs
+        row = {"precision": precision, "lever": lever, "activations": kept, "peak": totals["peak"]}
+        rows.append(row | {"share": kept / all_kept, "arithmetic": gmacs / plain})
+        write(rows, FOLDER / "levers.csv")
+
+
+@app.command()
+def measure(device: Device = "cpu", size: Sizes = None) -> None:
+    """Run every system in fp32, each in a fresh process; one that does not fit says how far it got."""
+    limit = psutil.virtual_memory().available / GIB if device == "cpu" else None
+    rows: list[dict] = []
+    for edge, peer in product(size or [64], PEERS):
+        found = measure_apart(Workload(peer, edge), device, steps=1, limit=limit)
+        memory = {name: value for name, value in found.items() if not name.endswith("_s")}
+        rows.append({"device": named(device), "peer": peer, "size": edge, "limit": limit} | memory)
+        write(rows, FOLDER / f"measured_{device}.csv")
+
+
+@app.command()
+def levers(device: Device = "cpu", size: Sizes = None, steps: int = 3) -> None:
+    """Time SegResMamba's steps with its levers: fp32 on the CPU, where most emulate bf16, both on CUDA."""
+    precisions = ("fp32", "bf16") if device == "cuda" else ("fp32",)
+    rows: list[dict] = []
+    for edge, precision, (lever, options) in product(size or [64], precisions, LEVERS.items()):
+        work = Workload("segresmamba", edge, precision=precision, **options)
+        key = {"device": named(device), "precision": precision, "lever": lever, "size": edge}
+        rows.append(key | measure_apart(work, device, steps))
+        write(rows, FOLDER / f"levers_{device}.csv")
+
+
+@app.command()
+def settings(
+    out: Path, minutes: Minutes = 9, peer: Peers = None, device: Device = "cuda", steps: int = 3
+) -> None:
+    """Measure memory and time in the settings of the paper's table 8, each network in a fresh process.
+
+    Batch 1; BTCV and BraTS 128^3, Spleen 96^3, in fp32 and in bf16 autocast, then BTCV with checkpoints. A network that
+    does not fit is a row that says how far it got. Rows that OUT.csv has already stay, so the same command goes on
+    where it ended.
+    """
+    start, key = time.monotonic(), [field.name for field in fields(Workload)]
+    rows = tables.read(out).to_dict("records") if out.exists() else []
+    there = {tuple(row.get(name, ()) for name in ("setting", *key)) for row in rows}
+    for checkpointing, (name, setting), precision, network in product(
+        (False, True), PUBLISHED["settings"].items(), ("fp32", "bf16"), peer or PEERS
+    ):
+        work = Workload(network, **setting, precision=precision, checkpointing=checkpointing)
+        if (checkpointing and name != "btcv_128") or (name, *astuple(work)) in there:
+            continue
+        if time.monotonic() - start > 60 * minutes:
+            print("out of time before", name, work)
+            break
+        row = {"setting": name, **asdict(work), **measure_apart(work, device, steps)}
+        del row["settings"]
+        rows.append(row | {"device": named(device), "torch": torch.__version__})
+        write(rows, out)
+
+
+# --- The systems of the comparisons ---------------------------------------------------------------
+
+STEPS, FIRST = 9, 3  # of one short training; its first steps are not counted
+
+
+@app.command()
+def systems(
+    rounds: Annotated[int, typer.Option(help="Trainings of each system.")] = 3,
+    store: Annotated[
+        bool,
+        typer.Option("--store", help="Replace the committed table: other steps for most runs."),
+    ] = False,
+) -> None:
+    """Print parameters, MACs and seconds a training step of each system of `srlib.grid`.
+
+    The committed table, results/reference/cpu/systems.csv, is not touched: the steps of runs come from it, and runs are
+    named by their steps. `--store` replaces it, for those who compute every grid but rates and cue again.
+
+    `parameters`: of the network for the hippocampus data; `gmacs`: of one forward pass of one image of the default
+    profile's patch, scan included; `step_seconds`: the median step of short trainings (`srlib.train`, default profile:
+    batch 2, samples included) without their first steps. The systems take turns, so that what disturbs a machine for a
+    while disturbs all.
+    """
+    seconds: dict[str, list[float]] = {system: [] for system in grid.SYSTEMS}
+    for _ in range(rounds):
+        for system, found in seconds.items():
+            found += step_seconds(system)
+            print(f"{system:<16}{median(found):.3f} s a step", flush=True)
+    rows = [
+        {"system": key, "title": system.title, **grid.cost(key)}
+        | {"step_seconds": median(seconds[key]), "step_seconds_min": min(seconds[key])}
+        for key, system in grid.SYSTEMS.items()
+    ]
+    table = pd.DataFrame(rows)
+    print(table.to_string(index=False, float_format="%.5g"))
+    if store:
+        provenance.write_table(table, paths.REFERENCE / "cpu" / "systems.csv")
+
+
+def step_seconds(system: str) -> list[float]:
+    """Seconds of each step of one short training."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, SRLIB_RESULTS=folder):
+        history = train.train(grid.config_of(system, steps=STEPS)).history
+    return history["seconds"].diff()[FIRST:].tolist()
+
+
+# --- Eager and captured steps on one GPU ----------------------------------------------------------
 
 VARIANTS = ("none", "inner", "outer")  # beside SegResMamba with both ToM layers
 OURS = ("segresmamba", "segmamba")  # names of what has `recompute` begin so
 EAGER, CAPTURED = 20, 50
 
 
-def cases(peers: list[str], size: int) -> Iterator[tuple[str, Workload]]:
+@app.command()
+def gpu(out: Path, minutes: Minutes = 9, size: int = 128, peer: Peers = None) -> None:
+    """Measure time, kernels, memory and energy of a step of every network on one GPU, in one process.
+
+    The networks of `srlib.baselines` and SegResMamba with fewer ToM layers, with one random image of one channel, 14
+    classes; forward pass, Dice and cross-entropy, backward pass, AdamW. A row for each precision and each way to keep
+    activations: `recomputation` off keeps what autograd asks for; on is `recompute` for SegResMamba and SegMamba,
+    checkpoints around blocks for the others (`srlib.baselines.with_checkpoints`).
+
+    `eager_ms`, `captured_ms`: medians of 20 and 50 steps, launched from Python and replayed as a CUDA graph; `busy_ms`,
+    `kernels`: the sum over a step's kernels, copies and fills, and their number, by torch's profiler; `peak_gib`: most
+    memory allocated in eager steps; `joules`: a captured step's, by the board's counter.
+    """
+    start, rows = time.monotonic(), []
+    for name, work in gpu_workloads(peer or [*PEERS], size):
+        again = work.checkpointing or ("recompute", True) in work.settings
+        row = {"network": name, "size": size, "precision": work.precision}
+        row["recomputation"] = "on" if again else "off"
+        if time.monotonic() - start > 60 * minutes:
+            print("out of time before", *row.values())
+            break
+        try:
+            row |= gpu_step(work)
+        except (ImportError, torch.OutOfMemoryError) as error:
+            row["error"] = f"{type(error).__name__}: {error}"
+        gc.collect()
+        torch.cuda.empty_cache()
+        rows.append(row)
+        write(rows, out)
+
+
+def gpu_workloads(peers: list[str], size: int) -> Iterator[tuple[str, Workload]]:
     """Each row's name of the network and its workload."""
     variants = [(f"segresmamba_{tom}", {"tom": tom}) for tom in VARIANTS if "segresmamba" in peers]
     for precision, again in (("bf16", False), ("bf16", True), ("fp32", False)):
@@ -57,10 +249,10 @@ def cases(peers: list[str], size: int) -> Iterator[tuple[str, Workload]]:
             )
 
 
-def milliseconds(function: Callable[[], object], count: int) -> float:
-    """The median of `count` calls, each waited for."""
+def milliseconds(function: Callable[[], object], number: int) -> float:
+    """The median of `number` calls, each waited for."""
     times = []
-    for _ in range(count):
+    for _ in range(number):
         start = time.perf_counter()
         function()
         torch.cuda.synchronize()
@@ -68,8 +260,10 @@ def milliseconds(function: Callable[[], object], count: int) -> float:
     return median(times)
 
 
-def measure(work: Workload) -> dict[str, float]:
+def gpu_step(work: Workload) -> dict[str, float]:
     """One row's numbers."""
+    import pynvml
+
     torch.manual_seed(0)
     network = work.network().cuda().train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True, capturable=True)
@@ -88,7 +282,7 @@ def measure(work: Workload) -> dict[str, float]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     found = {"eager_ms": milliseconds(lambda: step(*batch), EAGER)}
-    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step(*batch)
         torch.cuda.synchronize()
@@ -101,6 +295,7 @@ def measure(work: Workload) -> dict[str, float]:
         print("not captured:", captured.reason)
         return found
     found["captured_ms"] = milliseconds(lambda: captured(*batch), CAPTURED)
+    pynvml.nvmlInit()
     board = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
     start = pynvml.nvmlDeviceGetTotalEnergyConsumption(board)
     for _ in range(CAPTURED):
@@ -110,35 +305,5 @@ def measure(work: Workload) -> dict[str, float]:
     return found | {"joules": used / 1000 / CAPTURED}
 
 
-def main() -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--peers", type=lambda names: names.split(","), default=[*PEERS])
-    options = parser.parse_args()
-    pynvml.nvmlInit()
-    start, rows = time.monotonic(), []
-    for name, work in cases(options.peers, options.size):
-        if time.monotonic() - start > 60 * options.minutes:
-            print("out of time before", name, work)
-            break
-        again = work.checkpointing or ("recompute", True) in work.settings
-        row = {"network": name, "size": work.size, "precision": work.precision}
-        row["recomputation"] = "on" if again else "off"
-        try:
-            row |= measure(work)
-        except (ImportError, torch.OutOfMemoryError) as error:
-            row["error"] = f"{type(error).__name__}: {error}"
-        gc.collect()
-        torch.cuda.empty_cache()
-        rows.append(row)
-        provenance.write_table(pd.DataFrame(rows), options.out)
-        print(f"{time.monotonic() - start:4.0f} s", row, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    app()

@@ -7,7 +7,7 @@ and `runs.jsonl`, what each was and what it was computed with. Notebooks read th
 Two budgets are never mixed. At *equal steps* each system takes the same number of optimizer steps. At *equal time*
 a system takes as many as fit into given minutes on two cores of a CPU, by the seconds a step that
 `results/reference/cpu/systems.csv` holds. Steps are the budget in both, so a run may be computed on any device.
-(`python -m srlib bench systems` measures these seconds here; to store them would plan all such runs anew.)
+(`python -m srlib bench step systems` measures these seconds here; to store them would plan all such runs anew.)
 
 Runs are computed by a `concurrent.futures.Executor`, three of them by name:
 

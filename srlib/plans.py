@@ -230,21 +230,13 @@ def patch_size(
 @lru_cache
 def _step_memory(network: str, in_channels: int, out_channels: int) -> tuple[float, float]:
     """GiB of a training step, counted: whatever the patch, and for each voxel of it."""
-    from srlib.model import FEATURES, SegResMamba  # here: a plan from the cache needs none of it
-    from srlib.profiling import count
-    from srlib.workload import Workload
+    from srlib.model import FEATURES  # here: a plan from the cache needs none of it
+    from srlib.profiling import Workload, count
 
     if network not in FEATURES:
         raise ValueError(f"network {network!r} is not one of {', '.join(FEATURES)}")
-
-    class Step(Workload):
-        """With a network of this size in place of the paper's."""
-
-        def network(self) -> SegResMamba:
-            return SegResMamba(in_channels, out_channels, FEATURES[network])
-
-    edge = 48
-    totals = count(Step(network, edge, in_channels, out_channels)).totals
+    edge, size = 48, (("features", FEATURES[network]),)
+    totals = count(Workload("segresmamba", edge, in_channels, out_channels, settings=size)).totals
     fixed = totals["weights"] + totals["gradients"] + totals["optimizer"]
     return fixed, (totals["peak"] - fixed) / edge**3
 

@@ -66,7 +66,7 @@ def radius(field: NDArray[np.float64], spacing: Sequence[float], share: float = 
     return float(distance[order][np.searchsorted(held, share)])
 
 
-def profile(field: NDArray[np.float64], spacing: Sequence[float]) -> pd.DataFrame:
+def share_by_radius(field: NDArray[np.float64], spacing: Sequence[float]) -> pd.DataFrame:
     """The share of the field within each radius: columns `radius_mm` (0, 1, 2, ...) and `share`."""
     distance = distances(field.shape, spacing).ravel()
     shells = np.bincount(np.ceil(distance).astype(int), weights=field.ravel())

@@ -221,16 +221,16 @@ def test_a_queue_that_computes_nothing_is_not_waited_for_without_end(monkeypatch
 
 
 @pytest.mark.parametrize("options", [[], ["--store"]])
-def test_seconds_a_step_are_stored_only_when_asked_to(reference, monkeypatch, options):
+def test_seconds_a_step_are_stored_only_when_asked_to(monkeypatch, options):
     """The steps of runs, which are in their names, come from that table."""
-    file = paths.ROOT / "benchmarks" / "systems.py"
-    spec = importlib.util.spec_from_file_location("systems", file)
+    file = paths.ROOT / "benchmarks" / "step.py"
+    spec = importlib.util.spec_from_file_location("step", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "step_seconds", lambda system: [0.5])
-    monkeypatch.setattr(module.grid, "cost", lambda system: {"parameters": 1})
-    monkeypatch.setattr("sys.argv", ["systems", *options])
-    module.main()
+    monkeypatch.setattr(grid, "cost", lambda system: {"parameters": 1})
+    ended = CliRunner().invoke(module.app, ["systems", *options])
+    assert ended.exit_code == 0, ended.output
     assert grid.systems()["step_seconds"]["segresmamba"] == (0.5 if options else 0.4)
 
 

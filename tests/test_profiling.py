@@ -16,15 +16,16 @@ from torch import nn
 from srlib import profiling
 from srlib.paths import REFERENCE
 from srlib.profiling import (
+    LEVERS,
     PARTS,
     Workload,
     count,
+    loss_function,
     measure,
     measure_apart,
     process_memory,
     published,
 )
-from srlib.workload import LEVERS, loss_function
 
 SMALL = Workload("unet", size=32, out_channels=4)  # four: the CPU pads channels to a multiple
 

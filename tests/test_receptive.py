@@ -38,14 +38,14 @@ def test_each_image_and_class_has_equal_weight():
     assert field[2, 2, 1] == field[2, 2, 3] == 0.5
 
 
-def test_radius_and_profile_of_a_uniform_box():
+def test_radius_and_shares_of_a_uniform_box():
     field = receptive.effective_field(box((3, 3, 3)), [image(9, 9, 9)])
     assert receptive.radius(field, SPACING) == pytest.approx(np.sqrt(3))
     assert receptive.radius(field, SPACING, share=7 / 27 - 1e-9) == 1
     assert receptive.radius(field, (1.0, 1.0, 4.0), share=0.3) == pytest.approx(np.sqrt(2))
-    profile = receptive.profile(field, SPACING)
-    np.testing.assert_allclose(profile["share"][:3], [1 / 27, 7 / 27, 1])
-    assert profile["radius_mm"].tolist() == list(range(8))  # the corner is 6.9 mm away
+    shares = receptive.share_by_radius(field, SPACING)
+    np.testing.assert_allclose(shares["share"][:3], [1 / 27, 7 / 27, 1])
+    assert shares["radius_mm"].tolist() == list(range(8))  # the corner is 6.9 mm away
 
 
 def test_the_radius_holds_the_share_that_it_says():
