@@ -148,7 +148,8 @@ class TriOrientedMamba(nn.Module):
         if self.recurrence:
             names = (f"A{SUFFIXES[order]}_log" for order in self.scan_orders)
             return (-torch.exp(torch.stack([self.get_parameter(name) for name in names]))).unbind()
-        forget = x.new_full((self.d_inner, self.d_state), FORGET, dtype=torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        forget = x.new_full((self.d_inner, self.d_state), FORGET, dtype=dtype)
         return [forget] * len(self.scan_orders)
 
     def _gated_projection(self, tokens: Tensor, into_z: Tensor, y: Tensor) -> Tensor:
