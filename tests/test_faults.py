@@ -205,7 +205,9 @@ def test_one_scan_that_fails_does_not_end_the_others(
             raise error
 
     monkeypatch.setattr("srlib.predict.segment", segment)
-    monkeypatch.setattr("srlib.predict.write_mask", lambda mask, like, path, overwrite: path.touch())
+    monkeypatch.setattr(
+        "srlib.predict.write_mask", lambda mask, like, path, overwrite: path.touch()
+    )
     result = predict(trained, *scans, tmp_path / "masks")
     assert result.exit_code == 2
     first, second = result.stderr.splitlines()
