@@ -127,7 +127,7 @@ fill_venv() {
   # Isolated: what PYTHONPATH leads to is not in .venv.
   local pip=("$venv/bin/python" -I -m pip install --quiet --disable-pip-version-check)
   "${pip[@]}" --no-deps --require-hashes -r "$lock"
-  "${pip[@]}" -r "$root/requirements-torch.lock"
+  "${pip[@]}" --no-warn-conflicts -r "$root/requirements-torch.lock" # the lock leaves out what is not used
   "${pip[@]}" --no-deps -e "$root"
   cp "$lock" "$mark"
   echo "run_all.sh: .venv is ready after ${SECONDS} s"

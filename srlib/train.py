@@ -154,16 +154,15 @@ def restore(trained: Trained, file: Path) -> nn.Module:
         srlib.checkpoints.CheckpointError: naming `file`, when its weights are not those of its configuration.
     """
     model = build_model(trained.config, trained.entry)
-    expected, found = (
-        {name: tuple(tensor.shape) for name, tensor in of.items()}
-        for of in (model.state_dict(), trained.weights)
-    )
-    if wrong := sorted(name for name, _ in expected.items() ^ found.items()):
+    try:
+        model.load_state_dict(trained.weights)
+    except (
+        RuntimeError
+    ) as error:  # its first line names the network's class, each other one a difference
+        reason = str(error).splitlines()[1].strip()
         raise CheckpointError(
-            f"{file}: its weights are not those of the network that it describes, as {wrong[0]}:"
-            f" expected {expected.get(wrong[0], 'none')}, got {found.get(wrong[0], 'none')}"
-        )
-    model.load_state_dict(trained.weights)
+            f"{file}: its weights are not those of the network that it describes: {reason:.200}"
+        ) from error
     return labels.scoring(model, trained.entry).to(device()).eval()
 
 

@@ -142,7 +142,7 @@ def test_run_all_makes_the_environment_from_the_lock_once(bare_machine):
     calls, output, _ = run_bare(script, "--profile", "smoke")
     assert calls == [
         f"{INSTALL} --no-deps --require-hashes -r {bare_machine}/requirements.lock",
-        f"{INSTALL} -r {bare_machine}/requirements-torch.lock",
+        f"{INSTALL} --no-warn-conflicts -r {bare_machine}/requirements-torch.lock",
         f"{INSTALL} --no-deps -e {bare_machine}",
         "-m srlib collection --profile smoke",
     ]
