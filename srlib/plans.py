@@ -40,7 +40,7 @@ VOXELS_A_CASE = 2_000  # of the foreground, that intensities are taken from
 # What decides a plan, beside the files: how these are read, and what the memory of a step is counted by.
 MADE_BY = (
     *("plans.py", "images.py", "labels.py", "layouts.py", "registry.py", "profiling.py"),
-    *("workload.py", "model.py", "tom.py", "scan"),
+    *("model.py", "tom.py", "scan"),
 )
 WATCHED = (".", "dataset.json", "imagesTr", "labelsTr", "images", "labels", "RawData/Training/img")
 
