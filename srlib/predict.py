@@ -53,8 +53,9 @@ class Segmenter(NamedTuple):
 
 def load(checkpoint: Path) -> Segmenter:
     """The trained network of a file `model.safetensors`, or of the folder of its run, on this machine's device."""
-    trained = load_trained(checkpoint)
-    return Segmenter(restore(trained, checkpoint), trained.entry, trained.config.patch_size)
+    file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
+    trained = load_trained(file)
+    return Segmenter(restore(trained, file), trained.entry, trained.config.patch_size)
 
 
 # --- What is to be segmented ----------------------------------------------------------------------

@@ -156,9 +156,7 @@ def restore(trained: Trained, file: Path) -> nn.Module:
     model = build_model(trained.config, trained.entry)
     try:
         model.load_state_dict(trained.weights)
-    except (
-        RuntimeError
-    ) as error:  # its first line names the network's class, each other one a difference
+    except RuntimeError as error:  # a line for the network, then one for each difference
         reason = str(error).splitlines()[1].strip()
         raise CheckpointError(
             f"{file}: its weights are not those of the network that it describes: {reason:.200}"

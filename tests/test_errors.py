@@ -199,7 +199,7 @@ def test_weights_that_are_not_the_networks(place, change):
         f"run/{file.name}",
         "weights are not those",
         name,
-        "expected (",
+        "Missing key" if change == "missing" else "size mismatch",
     )
 
 
