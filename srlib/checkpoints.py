@@ -161,9 +161,10 @@ def load_trained(path: Path) -> Trained:
         raise CheckpointError(
             f"{path}: its metadata hold no run of this version of srlib ({error})"
         ) from error
+    types = (*WEIGHTS, torch.float64) if config.precision == "64-true" else WEIGHTS
     for name, tensor in weights.items():
-        if tensor.dtype not in WEIGHTS:
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected one of {WEIGHTS}")
+        if tensor.dtype not in types:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected one of {types}")
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinity; expected finite weights")
     trained = Trained(config, entry, weights, *facts)
