@@ -25,9 +25,10 @@ import pandas as pd
 import typer
 from scipy.ndimage import gaussian_filter
 
-from srlib import data, provenance, runs, train
-from srlib.checkpoints import Trained, save_trained
-from srlib.paths import REFERENCE
+from srlib import data, machine
+from srlib.files import REFERENCE
+from srlib.run import runs, train
+from srlib.run.checkpoints import Trained, save_trained
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
 Quick = Annotated[bool, typer.Option("--quick")]
@@ -85,7 +86,7 @@ def ct(quick: Quick = False) -> None:
         rows.append(segment(setting))
         print(rows[-1], flush=True)
         if not quick:
-            provenance.write_table(pd.DataFrame(rows), REFERENCE / "cpu" / "predict_memory.csv")
+            machine.write_table(pd.DataFrame(rows), REFERENCE / "cpu" / "predict_memory.csv")
 
 
 def segment(setting: Setting) -> dict[str, object]:
@@ -154,7 +155,7 @@ def cases(quick: Quick = False) -> None:
                 rows.append(row | {"seconds": seconds, "steps": steps})
                 print(rows[-1], flush=True)
     if not quick:
-        provenance.write_table(pd.DataFrame(rows), REFERENCE / "cpu" / "cases_memory.csv")
+        machine.write_table(pd.DataFrame(rows), REFERENCE / "cpu" / "cases_memory.csv")
 
 
 def make_folder(folder: Path, number: int) -> Path:

@@ -16,22 +16,13 @@ import pandas as pd
 import typer
 from torch import nn
 
-from srlib import (
-    data,
-    evaluate,
-    grid,
-    paths,
-    pretrained,
-    provenance,
-    receptive,
-    runs,
-    tables,
-    train,
-)
-from srlib.baselines import PEERS
-from srlib.checkpoints import load_trained, save_trained
-from srlib.model import FEATURES
-from srlib.runs import RunConfig
+from srlib import data, files, machine, tables
+from srlib.net.model import FEATURES
+from srlib.net.peers import PEERS
+from srlib.run import evaluate, pretrained, runs, train
+from srlib.run.checkpoints import load_trained, save_trained
+from srlib.run.runs import RunConfig
+from srlib.study import grid, receptive
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
 
@@ -66,14 +57,14 @@ def network(dataset: str, steps: int = 1500) -> None:
     file = pretrained.file(dataset)
     save_trained(file, rounded)
     parameters = sum(tensor.numel() for tensor in rounded.weights.values())
-    with paths.atomic_path(file.with_suffix(".md")) as temporary:
+    with files.atomic_path(file.with_suffix(".md")) as temporary:
         temporary.write_text(card(config, parameters, scores))
     typer.echo(file.with_suffix(".md").read_text())
 
 
 def card(config: RunConfig, parameters: int, scores: pd.DataFrame) -> str:
     """The model card, from what was done and found."""
-    entry, facts = data.get(config.dataset), provenance.describe()
+    entry, facts = data.get(config.dataset), machine.describe()
     means = [
         f"Dice {name} {table['dice'].mean():.3f} ({table['dice'].std():.3f}), "
         f"HD95 {table['hd95'].mean():.1f} mm ({table['hd95'].std():.1f})"
@@ -88,9 +79,9 @@ def card(config: RunConfig, parameters: int, scores: pd.DataFrame) -> str:
         modalities=", ".join(entry.modalities),
         spacing="x".join(f"{mm:g}" for mm in entry.spacing),
         classes=", ".join(entry.classes),
-        training=len(data.split(config.dataset, config.fold).train),
+        training=len(data.open(config.dataset).split(config.fold).train),
         held_out=scores["case"].nunique(),
-        fingerprint=data.fingerprint(config.dataset),
+        fingerprint=data.open(config.dataset).fingerprint,
         seed=config.seed,
         steps=config.steps,
         batch=config.batch_size,
@@ -121,13 +112,13 @@ def field(
     """Compute receptive fields, trained and untrained, where the runs of the grids `tom` and `ablations` were trained.
 
     Weights are not in the repository; of a run that is not here the rows of the table stay, if they are of the same
-    fold. The field (`srlib.receptive`) is averaged over the first held-out cases, each in the middle of a patch.
+    fold. The field (`srlib.study.receptive`) is averaged over the first held-out cases, each in the middle of a patch.
     Columns: `system`, `fold`, `seed`, `steps`, `cases`: the run, and how many cases the field is averaged over;
     `device`; `weights`: `trained`, or `untrained`, those that the same seed begins with; `radius_95_mm`: of the ball
     about the output voxel that holds 95 % of the field; `radius_mm`, `share`: of it in a ball of this radius.
     """
     order = {name: number for number, name in enumerate((*grid.TOM, *grid.ABLATIONS))}
-    file = paths.REFERENCE / grid.DATASET / "receptive_field.csv"
+    file = files.REFERENCE / grid.DATASET / "receptive_field.csv"
     found = []
     for config in (*grid.configs("tom"), *grid.configs("ablations")):
         if config.fold != fold or config.system not in (system or order):
@@ -146,7 +137,7 @@ def field(
         ascending=[False, True, True],
         kind="stable",
     )
-    provenance.write_table(table, file)
+    machine.write_table(table, file)
     kinds = table.groupby(["system", "seed"], sort=False)["weights"].nunique()
     for name, seed in kinds.index[kinds < 2]:
         typer.echo(f"not trained here: {name}, seed {seed}", err=True)
@@ -157,11 +148,11 @@ def rows_of(config: RunConfig, weights: str, network: nn.Module, cases: int) -> 
     held_out = evaluate.test_cases(config)[:cases]
     images = receptive.centred_images(config.dataset, held_out, config.patch_size)
     spacing = data.get(config.dataset).spacing
-    network = network.to(runs.device()).eval()
-    found = receptive.effective_field(network, [image.to(runs.device()) for image in images])
+    network = network.to(machine.device()).eval()
+    found = receptive.effective_field(network, [image.to(machine.device()) for image in images])
     key = {name: getattr(config, name) for name in FIELD_KEY[:4]}
     key |= {"weights": weights, "cases": cases, "radius_95_mm": receptive.radius(found, spacing)}
-    key |= {"device": provenance.device_name()}
+    key |= {"device": machine.device_name()}
     print(*key.values(), flush=True)
     return receptive.share_by_radius(found, spacing).assign(**key)
 
@@ -183,7 +174,7 @@ def fits() -> pd.DataFrame:
 
     The largest cube that a training step with one image takes, from `results/reference/memory/counted.csv`.
     """
-    counted = tables.read(paths.REFERENCE / "memory" / "counted.csv")
+    counted = tables.read(files.REFERENCE / "memory" / "counted.csv")
     counted = counted[~counted["checkpointing"]]
     columns = {}
     for memory in MEMORY:

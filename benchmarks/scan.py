@@ -30,12 +30,12 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from srlib import provenance
-from srlib.model import FEATURES, SegResMamba
-from srlib.paths import REFERENCE
-from srlib.profiling import process_memory
+from srlib import machine
+from srlib.files import REFERENCE
+from srlib.net.costs import process_memory
+from srlib.net.model import FEATURES, SegResMamba
+from srlib.net.tom import TriOrientedMamba
 from srlib.scan import backends, choice, cpu, selective_scan, token_order
-from srlib.tom import TriOrientedMamba
 
 Shape = tuple[int, int, int, int]  # B, D, L, N
 Step = Callable[[], Any]
@@ -61,7 +61,7 @@ def on_cpu(
     table = measure_cpu(quick)
     print(table.to_string(index=False))
     if not quick:
-        provenance.write_table(table, out)
+        machine.write_table(table, out)
 
 
 def measure_cpu(quick: bool) -> pd.DataFrame:
@@ -345,7 +345,7 @@ def on_gpu(out: Path = REFERENCE / "gpu" / "scan.csv") -> None:
     table = pd.DataFrame(rows)
     table["bandwidth"] = table["bytes"] / table["ms"] * 1000 / bandwidth
     table.insert(0, "copy_tb_per_s", bandwidth / 1e12)
-    provenance.write_table(table, out)
+    machine.write_table(table, out)
     shown = table.drop(columns=["copy_tb_per_s", "batch", "states", "bytes"])
     print(shown.to_string(index=False, float_format="%.4g"))
 

@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srlib import provenance, tables
-from srlib.paths import REFERENCE
+from srlib import machine, tables
+from srlib.files import REFERENCE
 from srlib.scan import ORDERS, mamba_mixer, mixer, selective_scan, token_order, triton
+from srlib.scan.definition import reference
 from srlib.scan.inputs import Options, ScanInputs
-from srlib.scan.reference import reference
 
 FOLDER = REFERENCE / "cpu"
 ALLOWED = {  # of an error; sums of a few numbers may cancel to little
@@ -180,7 +180,7 @@ def sweep(longest: int) -> bool:
             ]
             table = pd.concat([table, pd.DataFrame(rows)]) if len(table) else pd.DataFrame(rows)
             if length % 20 == 0 or length == longest:
-                provenance.write_table(table, file)
+                machine.write_table(table, file)
     print(table.groupby("operator").agg({"length": "max", "pairs": "sum", "error": "max"}))
     return bool((table["error"] < ALLOWED[torch.float32]).all())
 
@@ -279,7 +279,7 @@ def fuzz(operator: str, minutes: float, seed: int) -> bool:
     table = tables.read(file) if file.is_file() else pd.DataFrame(columns=list(row))
     kept = table[table["operator"] != operator]
     rows = [*kept.to_dict("records"), row]
-    provenance.write_table(pd.DataFrame(rows).sort_values("operator"), file)
+    machine.write_table(pd.DataFrame(rows).sort_values("operator"), file)
     return not found
 
 

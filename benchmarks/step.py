@@ -31,21 +31,15 @@ import typer
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from srlib import grid, paths, provenance, tables, train
-from srlib.baselines import PEERS
-from srlib.captured import WARM_UP, CapturedStep
-from srlib.profiling import (
-    GIB,
-    LEVERS,
-    PUBLISHED,
-    Workload,
-    count,
-    loss_function,
-    measure_apart,
-)
+from srlib import files, machine, tables
+from srlib.net.costs import GIB, LEVERS, PUBLISHED, Workload, count, loss_function, measure_apart
+from srlib.net.peers import PEERS
+from srlib.run import train
+from srlib.run.captured import WARM_UP, CapturedStep
+from srlib.study import grid
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
-FOLDER = paths.REFERENCE / "memory"
+FOLDER = files.REFERENCE / "memory"
 SIZES = (64, 96, 128, 160)  # counted
 Sizes = Annotated[list[int] | None, typer.Option(help="Voxels along an edge; may be repeated.")]
 Peers = Annotated[list[str] | None, typer.Option("--peer", help="May be repeated.")]
@@ -57,12 +51,12 @@ def named(device: str) -> str:
     """The device as a row names it."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{provenance.cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{machine.cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def write(rows: list[dict], file: Path) -> None:
     """Write the rows so far, and print the last one."""
-    provenance.write_table(pd.DataFrame(rows), file)
+    machine.write_table(pd.DataFrame(rows), file)
     print(*rows[-1].values(), flush=True)
 
 
@@ -160,15 +154,15 @@ def systems(
         typer.Option("--store", help="Replace the committed table: other steps for most runs."),
     ] = False,
 ) -> None:
-    """Print parameters, MACs and seconds a training step of each system of `srlib.grid`.
+    """Print parameters, MACs and seconds a training step of each system of `srlib.study.grid`.
 
     The committed table, results/reference/cpu/systems.csv, is not touched: the steps of runs come from it, and runs are
     named by their steps. `--store` replaces it, for those who compute every grid but rates and cue again.
 
     `parameters`: of the network for the hippocampus data; `gmacs`: of one forward pass of one image of the default
-    profile's patch, scan included; `step_seconds`: the median step of short trainings (`srlib.train`, default profile:
-    batch 2, samples included) without their first steps. The systems take turns, so that what disturbs a machine for a
-    while disturbs all.
+    profile's patch, scan included; `step_seconds`: the median step of short trainings (`srlib.run.train`, default
+    profile: batch 2, samples included) without their first steps. The systems take turns, so that what disturbs a
+    machine for a while disturbs all.
     """
     seconds: dict[str, list[float]] = {system: [] for system in grid.SYSTEMS}
     for _ in range(rounds):
@@ -183,7 +177,7 @@ def systems(
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format="%.5g"))
     if store:
-        provenance.write_table(table, paths.REFERENCE / "cpu" / "systems.csv")
+        machine.write_table(table, files.REFERENCE / "cpu" / "systems.csv")
 
 
 def step_seconds(system: str) -> list[float]:
@@ -204,10 +198,10 @@ EAGER, CAPTURED = 20, 50
 def gpu(out: Path, minutes: Minutes = 9, size: int = 128, peer: Peers = None) -> None:
     """Measure time, kernels, memory and energy of a step of every network on one GPU, in one process.
 
-    The networks of `srlib.baselines` and SegResMamba with fewer ToM layers, with one random image of one channel, 14
+    The networks of `srlib.net.peers` and SegResMamba with fewer ToM layers, with one random image of one channel, 14
     classes; forward pass, Dice and cross-entropy, backward pass, AdamW. A row for each precision and each way to keep
     activations: `recomputation` off keeps what autograd asks for; on is `recompute` for SegResMamba and SegMamba,
-    checkpoints around blocks for the others (`srlib.baselines.with_checkpoints`).
+    checkpoints around blocks for the others (`srlib.net.peers.with_checkpoints`).
 
     `eager_ms`, `captured_ms`: medians of 20 and 50 steps, launched from Python and replayed as a CUDA graph; `busy_ms`,
     `kernels`: the sum over a step's kernels, copies and fills, and their number, by torch's profiler; `peak_gib`: most

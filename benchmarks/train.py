@@ -27,10 +27,12 @@ import typer
 from monai.losses import DiceCELoss
 from safetensors.torch import load_file
 
-from srlib import grid, provenance, runs, tables, train
-from srlib.evaluate import METRICS, evaluate
-from srlib.paths import REFERENCE
-from srlib.runs import RunConfig, config_for
+from srlib import machine, tables
+from srlib.files import REFERENCE
+from srlib.run import train
+from srlib.run.evaluate import METRICS, evaluate
+from srlib.run.runs import RunConfig, config_for
+from srlib.study import grid
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
 
@@ -48,7 +50,7 @@ def seconds(
     batch_size: int = 8,
     learning_rate: float = 4e-3,
 ) -> None:
-    """Train systems of `srlib.grid` on hippocampus, fold 0, for so many seconds, and score them.
+    """Train systems of `srlib.study.grid` on hippocampus, fold 0, for so many seconds, and score them.
 
     With a batch that keeps a GPU busy, and for as many steps as the seconds hold by the median step of a short run, so
     that every system goes through its whole learning-rate schedule. A row is written as soon as it is measured:
@@ -76,7 +78,7 @@ def seconds(
                 **by_class,
             }
         )
-        provenance.write_table(pd.DataFrame(rows), out)
+        machine.write_table(pd.DataFrame(rows), out)
         print(pd.Series(rows[-1]).to_string(), flush=True)
 
 
@@ -103,15 +105,16 @@ def gpus(out: Path, processes: int = 2) -> None:
 
     Starts itself under torchrun with one process, then with several. Two kinds of rows:
 
-    `losses`: `srlib.train` on hippocampus, fold 0, a short training with cuDNN's deterministic algorithms and without
-    TF32. `loss_difference` is the largest one to one process's losses at the same step, absolute; for one process, to
-    its own second training. In float32 rounding grows within some steps (tests/test_train_distributed.py says why).
+    `losses`: `srlib.run.train` on hippocampus, fold 0, a short training with cuDNN's deterministic algorithms and
+    without TF32. `loss_difference` is the largest one to one process's losses at the same step, absolute; for one
+    process, to its own second training. In float32 rounding grows within some steps (tests/test_train_distributed.py
+    says why).
 
     `time`: a step on random images, as the training does it, the loss read at its end; `ms_per_step` is the median, of
     the slowest process. `speedup` is against one process at the same global batch.
     """
     found = one_and_several(processes)
-    provenance.write_table(found, out)
+    machine.write_table(found, out)
     print(found.to_string(index=False, float_format="%.4g"))
 
 
@@ -122,7 +125,7 @@ def worker(folder: Path) -> None:
     for config in LOSSES:
         found["losses"].append([losses(config, folder / name) for name in ("first", "second")])
     found["times"] = [milliseconds(config) for config in TIMES]
-    if runs.is_first_process():
+    if machine.is_first_process():
         (folder / "found.json").write_text(json.dumps(found))
 
 
@@ -202,7 +205,7 @@ def row(what: str, config: RunConfig, processes: int, **values: float) -> dict[s
 # --- kill -9 --------------------------------------------------------------------------------------
 
 TRAINING = (
-    "from srlib import train, runs; "
+    "from srlib.run import runs, train; "
     "config = runs.config_for('smoke', 'mni152', steps=30); "
     "train.train(config, progress=False, checkpoint_seconds=0.2)"
 )
@@ -330,7 +333,7 @@ def kill(
         for row in disturb(name, kills, rng):
             print(row, flush=True)
             rows.append(row)
-            provenance.write_table(pd.DataFrame(rows), out)
+            machine.write_table(pd.DataFrame(rows), out)
     ended = [row["same"] for row in rows if row["ended"] == "finished"]
     print(f"{len(rows) - len(ended)} kills, {len(ended)} ends, {sum(ended)} same")
     if not all(ended):

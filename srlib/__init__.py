@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from srlib.model import SegResMamba
+    from srlib.net.model import SegResMamba
+    from srlib.net.tom import TriOrientedMamba
     from srlib.scan import selective_scan
-    from srlib.tom import TriOrientedMamba
 
 __all__ = ["SegResMamba", "TriOrientedMamba", "selective_scan"]
 __version__ = "0.1.0"
 
-PLACES = {"SegResMamba": "model", "TriOrientedMamba": "tom", "selective_scan": "scan"}
+PLACES = {"SegResMamba": "net.model", "TriOrientedMamba": "net.tom", "selective_scan": "scan"}
 
 
 def __getattr__(name: str) -> Any:

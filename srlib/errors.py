@@ -31,7 +31,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from srlib import paths
+from srlib import files
 
 STOPPED = "stopped; what was finished is kept"
 # As Python, numpy, PyTorch, oneDNN, CUDA, C++ and ITK say it; most raise a RuntimeError.
@@ -146,7 +146,7 @@ def _report(error: BaseException, arguments: Sequence[str]) -> str:
         "".join(traceback.format_exception(error)),
     ]
     name = f"error-{datetime.now(UTC):%Y-%m-%d-%H%M%S}-{os.getpid()}.txt"
-    for folder in (paths.results_root(), Path(tempfile.gettempdir())):
+    for folder in (files.results_root(), Path(tempfile.gettempdir())):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(

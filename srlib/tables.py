@@ -13,8 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from srlib.images import DataError
-from srlib.paths import atomic_path
+from srlib.files import DataError, atomic_path
 
 NAMES = ("case", "class")  # columns that hold what users call things
 SHARES = ("dice", "nsd", "sensitivity")  # columns of scores, from 0 to 1
@@ -66,7 +65,7 @@ def read(file: Path, **options: Any) -> pd.DataFrame:
 
 
 def read_scores(file: Path) -> pd.DataFrame:
-    """Read a table with a row for each case and class, perhaps of several runs, as `srlib.evaluate` writes it.
+    """Read a table with a row for each case and class, perhaps of several runs, as `srlib.run.evaluate` writes it.
 
     Raises:
         FileNotFoundError: there is no such file.

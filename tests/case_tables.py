@@ -1,4 +1,4 @@
-"""Tables of cases as `srlib.grid.cases` returns them, made up, for the tests of statistics and their figures."""
+"""Tables of cases as `srlib.study.grid.cases` returns them, made up, for the tests of statistics and their figures."""
 
 import numpy as np
 import pandas as pd

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
-from srlib import images
+from srlib.data import scans
 
 SHAPE = (15, 22, 18)
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
@@ -15,7 +15,7 @@ AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 
 def itk_image(array, affine) -> sitk.Image:
     """The same scan as ITK describes it: LPS, the last axis first."""
-    lps = images.LPS_TO_RAS @ affine
+    lps = scans.LPS_TO_RAS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     image = sitk.GetImageFromArray(array.T)
     image.SetSpacing(spacing)

@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from srlib import claims, data, grid, paths, site
-from srlib.baselines import SMALL
-from srlib.claims import FAILS, HOLDS, PART, UNTESTED
+from srlib import data, files
+from srlib.book import pages
+from srlib.net.peers import SMALL
+from srlib.study import claims, grid
+from srlib.study.claims import FAILS, HOLDS, PART, UNTESTED
 
 MEMORY, MACS, TIME, PARAMETERS = (
     next(claim for claim in claims.CLAIMS if claim.startswith(number)) for number in "1348"
@@ -28,8 +30,8 @@ def reference(tmp_path, monkeypatch):
     """The measured tables in a folder of their own, which a test may change, and no runs."""
     for name in TABLES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(paths.REFERENCE / name, tmp_path / name)
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
+        shutil.copy(files.REFERENCE / name, tmp_path / name)
+    monkeypatch.setattr(files, "REFERENCE", tmp_path)
     return tmp_path
 
 
@@ -165,7 +167,7 @@ def test_the_table_has_a_row_for_each_claim_and_reads_as_html():
     table = claims.table()
     assert len(table) == 9
     assert table["verdict"].isin([HOLDS, PART, FAILS, UNTESTED]).all()
-    page = BeautifulSoup(site.claims_table(table), "html.parser")
+    page = BeautifulSoup(pages.claims_table(table), "html.parser")
     assert page.caption.text
     assert [cell.text for cell in page.select("th[scope=col]")] == [*table]
     assert [cell.text for cell in page.select("th[scope=row]")] == [*table["claim"]]
@@ -188,9 +190,9 @@ def table(monkeypatch):
 
 
 def test_the_verdicts_written_in_07_and_the_readme_are_those_of_the_rules(table):
-    cells = nbformat.read(paths.NOTEBOOKS / "07_claims.ipynb", as_version=4).cells
+    cells = nbformat.read(files.NOTEBOOKS / "07_claims.ipynb", as_version=4).cells
     text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (files.ROOT / "README.md").read_text(encoding="utf-8")
     for page in (text, readme):
         assert written(page) == table["verdict"].to_dict()
 
@@ -199,7 +201,7 @@ def test_the_numbers_written_in_the_readme_are_those_of_the_table(table):
     number = (
         r"[+-]?\d+\.\d+ (?:x|v\.|M|points|and)(?: (?:SegResMamba, released|[^,;|]+?)(?=[,;] | \|))?"
     )
-    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (files.ROOT / "README.md").read_text(encoding="utf-8")
     rows = {claim: line for line in readme.splitlines() for claim in written(line)}
     for claim, line in rows.items():
         shown = line.partition(claim)[2].replace(" but ", " ")

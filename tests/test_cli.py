@@ -12,13 +12,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from srlib import __main__, data, paths
+from srlib import cli, data, files
 
-RUN_ALL = paths.ROOT / "run_all.sh"
+RUN_ALL = files.ROOT / "run_all.sh"
 
 
 def invoke(*arguments: str):
-    return CliRunner().invoke(__main__.app, list(arguments))
+    return CliRunner().invoke(cli.app, list(arguments))
 
 
 def run_all(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -35,16 +35,16 @@ def test_info_tells_versions_device_scan_back_ends_and_data(monkeypatch, tmp_pat
     assert {"python", "torch", "monai", "commit", "device", "threads", "scan"} <= {
         k for k, _ in lines
     }
-    assert ["results", str(paths.results_root())] in lines
+    assert ["results", str(files.results_root())] in lines
     assert any(line[1].startswith("reference: can run") for line in lines)
     assert f"data root     {tmp_path}\n" in result.output
-    for name in data.REGISTRY:
+    for name in data.CATALOG:
         assert f"data set      {name}: " in result.output
 
 
 def test_data_list_names_every_data_set_and_its_licence():
     output = invoke("data", "list").output
-    for name, entry in data.REGISTRY.items():
+    for name, entry in data.CATALOG.items():
         assert f"{name}: {entry.title}" in output
         assert entry.licence in output
 
@@ -77,11 +77,11 @@ def test_run_all_help_names_every_option_and_command_without_an_environment(tmp_
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     result = run_all("-h", cwd=tmp_path, env=environment)
     assert result.returncode == 0
-    commands = typer.main.get_command(__main__.app).commands
+    commands = typer.main.get_command(cli.app).commands
     options = {option for p in commands["collection"].params for option in p.opts}
     for name in (*options, "test", "lab", "info", "data", "train", "evaluate", "predict"):
         assert name in result.stdout
-    assert not (paths.ROOT / ".venv" / "none").exists()
+    assert not (files.ROOT / ".venv" / "none").exists()
 
 
 def test_run_all_refuses_a_wrong_name_from_any_directory(tmp_path):
@@ -96,7 +96,7 @@ def bare_machine(tmp_path):
     root = tmp_path / "a checkout"
     (root / "srlib").mkdir(parents=True)
     for name in ("run_all.sh", "requirements.lock", "pyproject.toml", "srlib/__main__.py"):
-        shutil.copy(paths.ROOT / name, root / name)
+        shutil.copy(files.ROOT / name, root / name)
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python3"
     python.write_text(
@@ -232,7 +232,7 @@ def test_neither_are_they_without_run_all_nor_by_what_is_started(tmp_path):
     """Of `python -m srlib` Python itself looks for srlib there; all else is found elsewhere."""
     for name in ("json", "nibabel", "typer", "torch"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(7)")
-    environment = os.environ | {"PYTHONPATH": f":{paths.ROOT}"}
+    environment = os.environ | {"PYTHONPATH": f":{files.ROOT}"}
     command = [sys.executable, "-m", "srlib", "test", "--version"]  # starts pytest
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.startswith("pytest "), done.stderr
@@ -250,9 +250,9 @@ def test_help_needs_neither_torch_nor_monai():
         "SimpleITK",
     }
     code = (
-        "import sys; from typer.testing import CliRunner; from srlib import __main__\n"
+        "import sys; from typer.testing import CliRunner; from srlib import cli\n"
         "for words in (['-h'], ['data', 'list'], ['train', '-h'], ['collection', '--profile', 'x']):\n"
-        "    CliRunner().invoke(__main__.app, words)\n"
+        "    CliRunner().invoke(cli.app, words)\n"
         f"    assert not {heavy} & sys.modules.keys(), words"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -283,7 +283,7 @@ def test_train_evaluate_predict_and_info_in_a_row(tmp_path, monkeypatch):
     assert (run / "metrics.csv").is_file()
 
     moved = (run / "model.safetensors").rename(tmp_path / "network.safetensors")
-    scan = data.cases("mni152")[24].image
+    scan = data.open("mni152").cases[24].image
     monkeypatch.setenv("SRLIB_CACHE", str(tmp_path / "no cache"))
     told = invoke("info", str(moved)).output
     assert "spacing         (3.0, 3.0, 3.0)\n" in told

@@ -9,27 +9,27 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from srlib import cohort
-from srlib.cohort import RECIPE, Recipe
+from srlib.data import virtual
+from srlib.data.virtual import RECIPE, Recipe
 
 COARSE = Recipe(subjects=3, spacing=6.0, shape=(32, 38, 32))
 
 
 @pytest.fixture(scope="module")
 def subjects():
-    return [cohort.make_subject(number, COARSE) for number in range(COARSE.subjects)]
+    return [virtual.make_subject(number, COARSE) for number in range(COARSE.subjects)]
 
 
 def test_a_subject_is_a_function_of_recipe_and_number(subjects):
     for number in (2, 0):  # in another order than before, and of a larger cohort
-        again = cohort.make_subject(number, dataclasses.replace(COARSE, subjects=9))
+        again = virtual.make_subject(number, dataclasses.replace(COARSE, subjects=9))
         for array, expected in zip(again, subjects[number], strict=True):
             np.testing.assert_array_equal(array, expected)
 
 
 def test_first_subject_of_the_recipe_is_the_one_published():
     """Pins the random stream and the recipe; counts, since rounding may move single voxels."""
-    image, label = cohort.make_subject(0, RECIPE)
+    image, label = virtual.make_subject(0, RECIPE)
     assert image.shape == label.shape == RECIPE.shape
     np.testing.assert_allclose(np.bincount(label.ravel()), [241732, 44130, 25434], rtol=1e-3)
     np.testing.assert_allclose(image.mean(), 132.546, rtol=1e-3)
@@ -60,17 +60,17 @@ def test_brains_lie_inside_of_the_grid(subjects):
 
 def test_deformations_are_one_to_one():
     for number in range(6):
-        points = cohort.deformation(np.random.default_rng([RECIPE.seed, number]), RECIPE)
+        points = virtual.deformation(np.random.default_rng([RECIPE.seed, number]), RECIPE)
         jacobian = np.array([np.gradient(axis, RECIPE.spacing) for axis in points])
         assert np.linalg.det(np.moveaxis(jacobian, (0, 1), (-2, -1))).min() > 0
 
 
 def test_fingerprint_is_of_the_recipe(monkeypatch):
-    assert cohort.fingerprint(COARSE) == cohort.fingerprint(dataclasses.replace(COARSE))
+    assert virtual.fingerprint(COARSE) == virtual.fingerprint(dataclasses.replace(COARSE))
     changed = [dataclasses.replace(COARSE, noise=(0.0, 0.1)), dataclasses.replace(COARSE, seed=1)]
-    assert len({cohort.fingerprint(recipe) for recipe in (COARSE, RECIPE, *changed)}) == 4
-    monkeypatch.setattr(cohort, "files", None)  # the template is not read again
-    cohort.fingerprint(RECIPE)
+    assert len({virtual.fingerprint(recipe) for recipe in (COARSE, RECIPE, *changed)}) == 4
+    monkeypatch.setattr(virtual, "files", None)  # the template is not read again
+    virtual.fingerprint(RECIPE)
 
 
 def test_build_writes_the_decathlons_layout_without_a_network(tmp_path, monkeypatch, subjects):
@@ -78,15 +78,15 @@ def test_build_writes_the_decathlons_layout_without_a_network(tmp_path, monkeypa
         raise AssertionError("the cohort must not open a socket")
 
     monkeypatch.setattr(socket, "socket", no_network)
-    folder = cohort.build(tmp_path / "cohort", COARSE)
+    folder = virtual.build(tmp_path / "cohort", COARSE)
     index = json.loads((folder / "dataset.json").read_text())
-    assert list(index["labels"].values()) == ["background", *cohort.CLASSES]
+    assert list(index["labels"].values()) == ["background", *virtual.CLASSES]
     assert len(index["training"]) == 3
     for item, arrays in zip(index["training"], subjects, strict=True):
         for kind, expected in zip(("image", "label"), arrays, strict=True):
             nifti = nib.load(folder / item[kind])
             np.testing.assert_array_equal(np.asarray(nifti.dataobj), expected)
-            np.testing.assert_array_equal(nifti.affine, cohort.grid_affine(COARSE))
+            np.testing.assert_array_equal(nifti.affine, virtual.grid_affine(COARSE))
             assert nib.aff2axcodes(nifti.affine) == ("R", "A", "S")
 
 
@@ -98,15 +98,15 @@ def test_build_happens_once_and_leaves_nothing_when_it_fails(tmp_path, monkeypat
             raise OSError("no space left on device")
         return np.ones((2, 2, 2), np.int16), np.ones((2, 2, 2), np.uint8)
 
-    monkeypatch.setattr(cohort, "make_subject", broken)
+    monkeypatch.setattr(virtual, "make_subject", broken)
     with pytest.raises(OSError, match="no space"):
-        cohort.build(folder, COARSE)
+        virtual.build(folder, COARSE)
     assert list(folder.parent.iterdir()) == []
 
     one = dataclasses.replace(COARSE, subjects=1)
-    cohort.build(folder, one)
-    monkeypatch.setattr(cohort, "make_subject", None)  # a second build would now fail
-    assert cohort.build(folder, one) == folder
+    virtual.build(folder, one)
+    monkeypatch.setattr(virtual, "make_subject", None)  # a second build would now fail
+    assert virtual.build(folder, one) == folder
 
 
 def test_the_slower_of_two_builds_takes_the_other_ones_result(tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_the_slower_of_two_builds_takes_the_other_ones_result(tmp_path, monkeypa
         folder.mkdir()
         (folder / "dataset.json").write_text("faster")
 
-    monkeypatch.setattr(cohort, "_write", overtaken)
-    assert cohort.build(folder, COARSE) == folder
+    monkeypatch.setattr(virtual, "_write", overtaken)
+    assert virtual.build(folder, COARSE) == folder
     assert (folder / "dataset.json").read_text() == "faster"
     assert list(tmp_path.iterdir()) == [folder]

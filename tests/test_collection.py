@@ -12,9 +12,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from srlib import collection, data, paths
+from srlib import data, files
+from srlib.book import collection
 
-ROOT = paths.ROOT
+ROOT = files.ROOT
 PARAMETERS = 'PROFILE = "default"\nDATASET = "mni152"\nINTERACTIVE = True'
 WRITE_TABLE = """
 import os
@@ -51,8 +52,8 @@ def tmp_path(tmp_path):
 def notebooks(tmp_path, monkeypatch):
     """An empty folder for notebooks; results go beside it; the sources are some file."""
     monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setenv("SRLIB_CACHE", str(paths.cache_dir()))
-    monkeypatch.setattr(paths, "ROOT", tmp_path / "root")
+    monkeypatch.setenv("SRLIB_CACHE", str(files.cache_dir()))
+    monkeypatch.setattr(files, "ROOT", tmp_path / "root")
     (tmp_path / "root" / "srlib").mkdir(parents=True)
     folder = tmp_path / "notebooks"
     folder.mkdir()
@@ -126,7 +127,7 @@ def test_only_what_changed_is_computed_again(notebooks, tmp_path, capsys):
     assert run() == {"00_first"}
     write_notebook(notebooks, "01_second", WRITE_TABLE.format(name="two"))
     assert run() == {"01_second"}
-    (paths.ROOT / "srlib" / "new.py").write_text("CHANGED = True")
+    (files.ROOT / "srlib" / "new.py").write_text("CHANGED = True")
     assert run() == {"00_first", "01_second"}
     assert run() == set()
     assert run(force=True) == {"00_first", "01_second"}
@@ -142,7 +143,7 @@ def test_a_stamp_knows_the_reference_s_networks_and_which_data_sets_are_here(
 ):
     """00 shows both."""
     notebook = write_notebook(notebooks, "00_first")
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+    monkeypatch.setattr(files, "REFERENCE", tmp_path / "reference")
     (tmp_path / "reference" / "mni152").mkdir(parents=True)
     stamps = [collection.stamp(plan(notebooks), notebook)]
     for name in ("tiny.safetensors", "tiny.md"):
@@ -199,7 +200,7 @@ def test_interrupt_stops_within_seconds_and_keeps_what_is_finished(notebooks, tm
         notebooks, "01_long", f"open({str(marker)!r}, 'w'); import time; time.sleep(300)"
     )
     script = (
-        "import sys\nfrom pathlib import Path\nfrom srlib import collection\n"
+        "import sys\nfrom pathlib import Path\nfrom srlib.book import collection\n"
         "collection.run(collection.plan('smoke', 'mni152', (), Path(sys.argv[1])))"
     )
     process = subprocess.Popen(

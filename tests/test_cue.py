@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from srlib import cue, data
-from srlib.cue import RECIPES, Recipe
+from srlib import data
+from srlib.data import cue, scans
+from srlib.data.cue import RECIPES, Recipe
 
 NEAR, FAR = Recipe(4), Recipe(64)
 VOLUMES = range(40)
@@ -71,7 +72,7 @@ def test_the_nearest_mark_helps_only_where_it_is_the_own_one(recipe, expected):
 def test_preprocessing_keeps_the_marks_apart_from_noise_and_targets():
     """More than half a percent of the voxels are bright cues: `normalise` does not clip them away."""
     image, label = cue.make_volume(0, FAR)
-    row, scores = cue.rows_of(0, FAR), data.normalise(image)
+    row, scores = cue.rows_of(0, FAR), scans.normalise(image)
     level = [scores[x, y, z] for x, y, z in zip(row.x, row.y, row.cue, strict=True)]
     target = scores[label > 0].mean()
     noise = scores[:, :, 40:50].std()
@@ -83,15 +84,15 @@ def test_the_registry_builds_it_once_and_trains_on_one_split(tmp_path, monkeypat
     monkeypatch.setenv("SRLIB_CACHE", str(tmp_path))
     monkeypatch.setitem(cue.RECIPES, "cue-008", Recipe(8, volumes=3))
     monkeypatch.setattr(cue, "TRAINING", 2)
-    data.check("cue-008")
-    assert data.split("cue-008") == (("volume_001", "volume_002"), ("volume_003",))
-    case = data.load_case("cue-008", "volume_003")
+    data.open("cue-008").check()
+    assert data.open("cue-008").split() == (("volume_001", "volume_002"), ("volume_003",))
+    case = data.open("cue-008").load("volume_003")
     np.testing.assert_array_equal(case["label"][0], cue.make_volume(2, Recipe(8))[1])
-    index = json.loads((data.find("cue-008") / "dataset.json").read_text())
+    index = json.loads((data.open("cue-008").folder / "dataset.json").read_text())
     assert index["recipe"]["distance"] == 8
-    assert data.fingerprint("cue-008") != data.fingerprint("cue-016")
+    assert data.open("cue-008").fingerprint != data.open("cue-016").fingerprint
     monkeypatch.setattr(cue, "make_volume", None)  # a second build would now fail
-    assert len(data.cases("cue-008")) == 3
+    assert len(data.open("cue-008").cases) == 3
 
 
 def test_the_first_volume_is_the_one_published():

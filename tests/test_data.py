@@ -17,8 +17,9 @@ from monai.apps import DecathlonDataset
 from safetensors.torch import load_file
 from scipy.ndimage import affine_transform
 
-from srlib import cohort, data, datasets, images
-from srlib.paths import data_roots
+from srlib import data
+from srlib.data import cases, catalog, scans, virtual
+from srlib.files import data_roots
 
 PATCH = (16, 24, 20)
 
@@ -58,7 +59,7 @@ def places(tmp_path, monkeypatch) -> Path:
     """An empty data root and an empty cache; returns the folder that holds both."""
     monkeypatch.setenv("SRLIB_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("SRLIB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets, "data_roots", lambda: [tmp_path / "data"])  # not the user's
+    monkeypatch.setattr(catalog, "data_roots", lambda: [tmp_path / "data"])  # not the user's
     return tmp_path
 
 
@@ -72,7 +73,7 @@ def task(places) -> Path:
 
 
 def test_entries_are_whole():
-    for name, entry in data.REGISTRY.items():
+    for name, entry in data.CATALOG.items():
         assert data.get(name) is entry
         assert entry.name == name
         assert entry.in_channels == len(entry.normalisation)
@@ -90,7 +91,7 @@ def test_an_unknown_data_set_is_refused_with_the_known_ones():
 
 def test_a_missing_data_set_says_where_it_was_looked_for_and_how_to_get_it(places):
     with pytest.raises(FileNotFoundError) as caught:
-        data.find("hippocampus")
+        data.open("hippocampus")
     assert str(places / "data" / "Task04_Hippocampus") in str(caught.value)
     assert "python -m srlib data get hippocampus" in str(caught.value)
 
@@ -102,15 +103,15 @@ def test_present_are_data_sets_with_files(task):
 def test_the_first_data_root_wins(task, places, monkeypatch):
     other = write_task(places / "other" / "Task04_Hippocampus")
     roots = [places / "empty", other.parent, task.parent]
-    monkeypatch.setattr(datasets, "data_roots", lambda: roots)
-    assert data.find("hippocampus") == other
+    monkeypatch.setattr(catalog, "data_roots", lambda: roots)
+    assert data.open("hippocampus").folder == other
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"training": []}', '{"training": [{"image": "a"}]}'])
 def test_a_broken_index_names_the_file(task, text):
     (task / "dataset.json").write_text(text)
     with pytest.raises(data.DataError, match=r"Task04_Hippocampus/dataset\.json"):
-        data.case_ids("hippocampus")
+        data.open("hippocampus")
 
 
 def test_a_case_listed_twice_is_refused(task):
@@ -118,13 +119,20 @@ def test_a_case_listed_twice_is_refused(task):
     index["training"].append(index["training"][0])
     (task / "dataset.json").write_text(json.dumps(index))
     with pytest.raises(data.DataError, match="two of one name"):
-        data.case_ids("hippocampus")
+        data.open("hippocampus")
 
 
-def test_folds_deal_out_all_cases_by_a_rule_that_stays(monkeypatch):
+def of_cases(name, ids) -> data.Dataset:
+    """A data set of which only the cases' names are there."""
+    dataset = object.__new__(data.Dataset)
+    dataset.entry, dataset._by_id = data.get(name), dict.fromkeys(ids)
+    return dataset
+
+
+def test_folds_deal_out_all_cases_by_a_rule_that_stays():
     ids = [f"case_{number:03d}" for number in range(260)]
-    monkeypatch.setattr(datasets, "case_ids", lambda name: ids)
-    folds = [data.split("hippocampus", fold) for fold in range(5)]
+    hippocampus = of_cases("hippocampus", ids)
+    folds = [hippocampus.split(fold) for fold in range(5)]
     assert sorted(i for fold in folds for i in fold.test) == ids
     for fold in folds:
         assert len(fold.test) == 52
@@ -132,24 +140,24 @@ def test_folds_deal_out_all_cases_by_a_rule_that_stays(monkeypatch):
     assert folds[0].test[:4] == ("case_002", "case_003", "case_004", "case_009")
     for wrong in (5, -1, "0"):
         with pytest.raises(ValueError, match=r"folds \[0, 1, 2, 3, 4\]"):
-            data.split("hippocampus", wrong)
+            hippocampus.split(wrong)
 
 
-def test_the_virtual_cohort_has_one_split(monkeypatch):
+def test_the_virtual_cohort_has_one_split():
     ids = [f"virtual_{number:02d}" for number in range(1, 33)]
-    monkeypatch.setattr(datasets, "case_ids", lambda name: ids)
-    assert data.split("mni152") == (tuple(ids[:24]), tuple(ids[24:]))
+    cohort = of_cases("mni152", ids)
+    assert cohort.split() == (tuple(ids[:24]), tuple(ids[24:]))
     with pytest.raises(ValueError, match=r"folds \[0\], got 1"):
-        data.split("mni152", 1)
+        cohort.split(1)
 
 
 def test_the_virtual_cohort_goes_the_same_way_as_files(places, monkeypatch):
-    recipe = cohort.Recipe(subjects=2, spacing=6.0, shape=(32, 38, 32))
-    monkeypatch.setattr(cohort, "RECIPE", recipe)
-    data.check("mni152")
-    assert data.fingerprint("mni152") == cohort.fingerprint(recipe)
-    assert data.case_ids("mni152") == ["virtual_01", "virtual_02"]
-    case = data.load_case("mni152", "virtual_02")
+    recipe = virtual.Recipe(subjects=2, spacing=6.0, shape=(32, 38, 32))
+    monkeypatch.setattr(virtual, "RECIPE", recipe)
+    data.open("mni152").check()
+    assert data.open("mni152").fingerprint == virtual.fingerprint(recipe)
+    assert [case.id for case in data.open("mni152").cases] == ["virtual_01", "virtual_02"]
+    case = data.open("mni152").load("virtual_02")
     assert case["image"].shape == case["label"].shape == (1, 63, 75, 63)  # 6 mm files, 3 mm grid
     assert case["label"].unique().tolist() == [0, 1, 2]
 
@@ -196,7 +204,7 @@ def test_check_names_the_bad_file_and_what_is_wrong(task, fault):
     path = task / f"{kind}sTr" / "case_1.nii.gz"
     spoil(path)
     with pytest.raises(data.DataError) as caught:
-        data.check("hippocampus")
+        data.open("hippocampus").check()
     lines = str(caught.value).splitlines()[1:]
     assert any(line.startswith(f"{path}:") and message in line for line in lines)
     assert all("case_1" in line for line in lines)
@@ -212,7 +220,7 @@ def test_a_singular_affine_is_a_fault(task):
         raw = nib.Nifti1Image(np.asarray(nifti.dataobj), None, nifti.header)
         nib.save(raw, path)
     with pytest.raises(data.DataError, match="singular"):
-        data.check("hippocampus")
+        data.open("hippocampus").check()
 
 
 def test_one_error_lists_every_bad_file(task):
@@ -220,7 +228,7 @@ def test_one_error_lists_every_bad_file(task):
         _rewrite(task / "labelsTr" / f"case_{number}.nii.gz", _put(9))
     (task / "imagesTr" / "case_3.nii.gz").unlink()
     with pytest.raises(data.DataError) as caught:
-        data.check("hippocampus")
+        data.open("hippocampus").check()
     first, *lines = str(caught.value).splitlines()
     assert "4 fault(s)" in first
     assert [next(n for n in range(5) if f"case_{n}" in line) for line in lines] == [0, 2, 3, 4]
@@ -231,50 +239,50 @@ def _no_reading(*args):
 
 
 def test_success_is_remembered_until_a_file_changes(task, monkeypatch):
-    data.check("hippocampus")
+    data.open("hippocampus").check()
     with monkeypatch.context() as patch:
-        patch.setattr(images, "read", _no_reading)
-        data.check("hippocampus")
+        patch.setattr(scans, "read", _no_reading)
+        data.open("hippocampus").check()
     _rewrite(task / "labelsTr" / "case_0.nii.gz", _put(9))
     for _ in range(2):  # a failure is never remembered
         with pytest.raises(data.DataError, match="case_0"):
-            data.check("hippocampus")
+            data.open("hippocampus").check()
 
 
 def test_float_labels_with_whole_values_are_accepted(task):
     _rewrite(task / "labelsTr" / "case_0.nii.gz", lambda a, m: (a.astype(np.float32), m))
-    data.check("hippocampus")
-    assert data.load_case("hippocampus", "case_0")["label"].dtype == torch.int64
+    data.open("hippocampus").check()
+    assert data.open("hippocampus").load("case_0")["label"].dtype == torch.int64
 
 
 def test_fingerprint_is_of_the_voxels_not_of_the_files(task, monkeypatch):
-    before = data.fingerprint("hippocampus")
+    before = data.open("hippocampus").fingerprint
     for path in task.glob("*Tr/*.nii.gz"):  # other bytes, same voxels
         nifti = nib.load(path)
         nifti.header["descrip"] = b"copied"
         nib.save(nib.Nifti1Image(np.asarray(nifti.dataobj), nifti.affine, nifti.header), path)
-    assert data.fingerprint("hippocampus") == before
+    assert data.open("hippocampus").fingerprint == before
     with monkeypatch.context() as patch:
-        patch.setattr(images, "read", _no_reading)
-        assert data.fingerprint("hippocampus") == before
+        patch.setattr(scans, "read", _no_reading)
+        assert data.open("hippocampus").fingerprint == before
     _rewrite(task / "imagesTr" / "case_0.nii.gz", _put(0))
-    assert data.fingerprint("hippocampus") != before
+    assert data.open("hippocampus").fingerprint != before
 
 
 def test_summary_has_sizes_intensities_and_volumes(task, monkeypatch):
     path = task / "imagesTr" / "case_2.nii.gz"
     for file in (path, task / "labelsTr" / path.name):
         _rewrite(file, lambda array, _: (array, np.diag([2, 1, 0.5, 1])))
-    table = data.summary("hippocampus").set_index("case")
-    assert table.index.tolist() == data.case_ids("hippocampus")
+    table = data.open("hippocampus").summary().set_index("case")
+    assert table.index.tolist() == [case.id for case in data.open("hippocampus").cases]
     row = table.loc["case_2"]
     assert row[["voxels_x", "voxels_y", "voxels_z"]].tolist() == [15, 22, 18]
     assert row[["spacing_x_mm", "spacing_y_mm", "spacing_z_mm"]].tolist() == [2, 1, 0.5]
     assert row["anterior (ml)"] == pytest.approx(6 * 6 * 6 / 1000)
     assert row["posterior (ml)"] == pytest.approx(6 * 5 * 6 / 1000)
     assert row["intensity_max"] == pytest.approx(nib.load(path).get_fdata().max(), rel=1e-6)
-    monkeypatch.setattr(images, "read", _no_reading)
-    assert data.summary("hippocampus").set_index("case").equals(table)
+    monkeypatch.setattr(scans, "read", _no_reading)
+    assert data.open("hippocampus").summary().set_index("case").equals(table)
 
 
 # --- Preprocessing --------------------------------------------------------------------------------
@@ -283,18 +291,18 @@ def test_summary_has_sizes_intensities_and_volumes(task, monkeypatch):
 def test_normalise_knows_no_unit_and_no_outlier():
     random = np.random.default_rng(0)
     image = random.gamma(2, size=(20, 30, 25)).astype(np.float32)
-    scores = data.normalise(image)
+    scores = scans.normalise(image)
     assert scores.dtype == np.float32
     assert abs(scores.mean()) < 1e-6
     assert abs(scores.std() - 1) < 1e-6
-    np.testing.assert_allclose(data.normalise(1e6 * image + 7), scores, atol=1e-4)
+    np.testing.assert_allclose(scans.normalise(1e6 * image + 7), scores, atol=1e-4)
     image[0, 0, 0] = 1e9
-    np.testing.assert_allclose(data.normalise(image)[1:], scores[1:], atol=1e-2)
-    assert not data.normalise(np.full((3, 3, 3), 5)).any()
+    np.testing.assert_allclose(scans.normalise(image)[1:], scores[1:], atol=1e-2)
+    assert not scans.normalise(np.full((3, 3, 3), 5)).any()
 
 
 def test_load_case_gives_normalised_tensors_on_the_files_grid(task):
-    case = data.load_case("hippocampus", "case_3")
+    case = data.open("hippocampus").load("case_3")
     label = np.asarray(nib.load(task / "labelsTr" / "case_3.nii.gz").dataobj)
     image = np.asarray(nib.load(task / "imagesTr" / "case_3.nii.gz").dataobj)
     assert case["id"] == "case_3"
@@ -302,27 +310,27 @@ def test_load_case_gives_normalised_tensors_on_the_files_grid(task):
     assert case["image"].dtype == torch.float32
     assert type(case["image"]) is torch.Tensor
     np.testing.assert_array_equal(case["label"][0], label)
-    np.testing.assert_array_equal(case["image"][0], data.normalise(image))
+    np.testing.assert_array_equal(case["image"][0], scans.normalise(image))
     np.testing.assert_array_equal(case["affine"], np.eye(4))
     with pytest.raises(ValueError, match="no case 'case_9'"):
-        data.load_case("hippocampus", "case_9")
+        data.open("hippocampus").load("case_9")
 
 
 def test_load_case_turns_and_resamples_to_the_working_grid(task):
-    expected = data.load_case("hippocampus", "case_0")
+    expected = data.open("hippocampus").load("case_0")
     shape = np.array(expected["label"].shape[1:])
     for kind in ("image", "label"):  # same place in the world: first axis to the left, second last
         path = task / f"{kind}sTr" / "case_0.nii.gz"
         affine = np.array([[-1, 0, 0, shape[0] - 1], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])
         _rewrite(path, lambda array, _, m=affine: (array[::-1].swapaxes(1, 2), m))
-    turned = data.load_case("hippocampus", "case_0")
+    turned = data.open("hippocampus").load("case_0")
     for key in ("image", "label", "affine"):
         torch.testing.assert_close(turned[key], expected[key], rtol=0, atol=1e-6)
 
     for kind in ("image", "label"):
         path = task / f"{kind}sTr" / "case_1.nii.gz"
         _rewrite(path, lambda array, _: (array, np.diag([2.0, 1, 1, 1])))
-    stretched = data.load_case("hippocampus", "case_1")
+    stretched = data.open("hippocampus").load("case_1")
     assert stretched["spacing"] == (1.0, 1.0, 1.0)
     assert stretched["label"].shape[2:] == (22, 18)
     assert stretched["label"].shape[1] in (29, 30)
@@ -331,23 +339,23 @@ def test_load_case_turns_and_resamples_to_the_working_grid(task):
 
 
 def test_a_case_is_preprocessed_once_and_again_when_its_file_changed(task, places, monkeypatch):
-    data.load_case("hippocampus", "case_0")
+    data.open("hippocampus").load("case_0")
     files = list((places / "cache" / "cases").rglob("*.safetensors"))
     assert len(files) == 1
     assert set(load_file(files[0])) == {"image", "label", "affine"}
     with monkeypatch.context() as patch:
-        patch.setattr(images, "prepare", _no_reading)
-        data.load_case("hippocampus", "case_0")
+        patch.setattr(scans, "prepare", _no_reading)
+        data.open("hippocampus").load("case_0")
     _rewrite(task / "labelsTr" / "case_0.nii.gz", _put(2))
-    assert data.load_case("hippocampus", "case_0")["label"][0, 1, 2, 3] == 2
+    assert data.open("hippocampus").load("case_0")["label"][0, 1, 2, 3] == 2
 
 
-def test_what_is_cached_is_made_again_when_its_code_changed(task, monkeypatch):
-    data.load_case("hippocampus", "case_0")
-    monkeypatch.setattr(data, "source_hash", lambda names: "other sources")
-    monkeypatch.setattr(images, "prepare", _no_reading)
+def test_what_is_cached_is_made_again_for_another_recipe(task, monkeypatch):
+    data.open("hippocampus").load("case_0")
+    monkeypatch.setattr(cases, "RECIPE", 0)
+    monkeypatch.setattr(scans, "prepare", _no_reading)
     with pytest.raises(AssertionError, match="read again"):
-        data.load_case("hippocampus", "case_0")
+        data.open("hippocampus").load("case_0")
 
 
 def test_preprocessing_does_not_depend_on_the_number_of_threads(task, places, monkeypatch):
@@ -357,7 +365,7 @@ def test_preprocessing_does_not_depend_on_the_number_of_threads(task, places, mo
         for number in (1, 2):
             torch.set_num_threads(number)
             monkeypatch.setenv("SRLIB_CACHE", str(places / f"cache-{number}"))
-            results.append(data.load_case("hippocampus", "case_4")["image"])
+            results.append(data.open("hippocampus").load("case_4")["image"])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*results)
@@ -369,7 +377,9 @@ def test_preprocessing_does_not_depend_on_the_number_of_threads(task, places, mo
 def _samples(steps=4, seed=1, cases=3, **options) -> data.TrainingSamples:
     ids = [f"case_{number}" for number in range(cases)]
     options.setdefault("patch_size", PATCH)
-    return data.TrainingSamples("hippocampus", ids, batch_size=2, steps=steps, seed=seed, **options)
+    return data.TrainingSamples(
+        data.open("hippocampus"), ids, batch_size=2, steps=steps, seed=seed, **options
+    )
 
 
 def _equal(one, other) -> bool:
@@ -410,7 +420,7 @@ def test_random_numbers_elsewhere_neither_change_samples_nor_are_changed(task):
 
 
 def test_every_case_comes_once_before_any_comes_again(task):
-    cases = [data.load_case("hippocampus", f"case_{number}") for number in range(5)]
+    cases = [data.open("hippocampus").load(f"case_{number}") for number in range(5)]
     sizes = [int((case["label"] == 1).sum()) for case in cases]  # tells the cases apart
     large = _samples(steps=10, cases=5, patch_size=(24, 24, 24), augment=False)
     seen = [sizes.index(int((sample["label"] == 1).sum())) for sample in large]
@@ -420,7 +430,7 @@ def test_every_case_comes_once_before_any_comes_again(task):
 
 
 def test_plain_samples_are_crops_or_lie_whole_in_the_patch(task):
-    cases = [data.load_case("hippocampus", f"case_{number}") for number in range(3)]
+    cases = [data.open("hippocampus").load(f"case_{number}") for number in range(3)]
     places = set()
     for sample in _samples(steps=10, patch_size=(24, 30, 20), augment=False):
         filled = torch.nonzero(sample["image"][0])
@@ -470,7 +480,7 @@ def test_mirroring_happens_only_where_the_entry_allows_it(task, monkeypatch):
     assert data.get("hippocampus").flip_axes == ()
     assert directions() == {True}
     mirrored = dataclasses.replace(data.get("hippocampus"), flip_axes=(0,))
-    monkeypatch.setitem(data.REGISTRY, "hippocampus", mirrored)
+    monkeypatch.setitem(data.CATALOG, "hippocampus", mirrored)
     assert directions() == {True, False}
 
 
@@ -490,7 +500,7 @@ def test_turned_patch_is_the_affine_map_it_says():
     label = (random.random((17, 23, 19)) > 0.5).astype(np.uint8)
     image = random.normal(size=label.shape).astype(np.float32)
     corner, patch, angles, factors = np.array([3, -2, 1]), (12, 18, 14), (9, -13, 5), (0.9, 1.1, 1)
-    turned, labels = data._turned_patch(
+    turned, labels = cases._turned_patch(
         torch.from_numpy(image)[None],
         torch.from_numpy(label)[None],
         corner,
@@ -510,14 +520,14 @@ def test_turned_patch_is_the_affine_map_it_says():
     nearest = affine_transform(label, linear, order=0, **options)
     assert np.mean(labels[0].numpy() != nearest) < 2e-3  # ties at rounding
 
-    plain = data._turned_patch(
+    plain = cases._turned_patch(
         torch.from_numpy(image)[None],
         torch.from_numpy(label)[None],
         corner,
         patch,
         _Fixed(0, 0, 0, 1, 1, 1),
     )
-    expected = data._patch(torch.from_numpy(image)[None], corner, patch)
+    expected = cases._patch(torch.from_numpy(image)[None], corner, patch)
     torch.testing.assert_close(plain[0], expected, rtol=0, atol=1e-4)
 
 
@@ -528,10 +538,12 @@ def test_a_case_without_foreground_can_be_sampled(task):
 
 
 def test_wrong_requests_are_refused(task):
-    with pytest.raises(ValueError, match="no case case_7, case_8"):
-        data.TrainingSamples("hippocampus", ["case_7", "case_0", "case_8"], PATCH, 2, 1, 0)
+    with pytest.raises(ValueError, match="no case 'case_7'"):
+        data.TrainingSamples(
+            data.open("hippocampus"), ["case_7", "case_0", "case_8"], PATCH, 2, 1, 0
+        )
     with pytest.raises(ValueError, match="expected cases"):
-        data.TrainingSamples("hippocampus", [], PATCH, 2, 1, 0)
+        data.TrainingSamples(data.open("hippocampus"), [], PATCH, 2, 1, 0)
     with pytest.raises(ValueError, match="3 patch sizes"):
         _samples(patch_size=(16, 16))
     with pytest.raises(IndexError, match="item 8 of 8"):
@@ -573,14 +585,14 @@ def test_download_verifies_and_unpacks(places, source, monkeypatch):
     folder = data.download("hippocampus")
     assert folder == places / "data" / "Task04_Hippocampus"
     assert list(folder.parent.iterdir()) == [folder]  # no archive, no temporary folder
-    data.check("hippocampus")
-    assert data.case_ids("hippocampus") == ["case_0", "case_1"]
+    data.open("hippocampus").check()
+    assert [case.id for case in data.open("hippocampus").cases] == ["case_0", "case_1"]
     monkeypatch.setattr("monai.apps.download_url", None)  # a second download would now fail
     assert data.download("hippocampus") == folder
 
 
 def test_a_source_that_sends_nothing_is_given_up(places, monkeypatch):
-    monkeypatch.setattr(datasets, "STALLED", 0.2)
+    monkeypatch.setattr(catalog, "STALLED", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/x.tar"
         monkeypatch.setitem(DecathlonDataset.resource, "Task04_Hippocampus", url)
@@ -650,19 +662,19 @@ def test_download_does_not_touch_what_is_in_its_place(places, source):
 
 @real_data
 def test_real_hippocampus_is_whole_and_split_as_published():
-    data.check("hippocampus")
-    assert len(data.case_ids("hippocampus")) == 260
-    split = data.split("hippocampus")
+    data.open("hippocampus").check()
+    assert len([case.id for case in data.open("hippocampus").cases]) == 260
+    split = data.open("hippocampus").split()
     assert (len(split.train), len(split.test)) == (208, 52)
     assert hashlib.sha256(" ".join(split.test).encode()).hexdigest()[:16] == "f62451d1718d1610"
-    assert data.fingerprint("hippocampus") == "b424438cee0aa4e8"
+    assert data.open("hippocampus").fingerprint == "b424438cee0aa4e8"
 
 
 @real_data
 def test_real_hippocampi_all_have_one_handedness():
     """Why `flip_axes` is empty: each is more like the mean than its mirror image is."""
     stack = []
-    for case in data.cases("hippocampus"):
+    for case in data.open("hippocampus").cases:
         label = np.asarray(nib.load(case.label).dataobj) > 0
         centre = np.argwhere(label).mean(0).round().astype(int)
         padded = np.pad(label, 25)  # the centre's voxel c is now c + 25

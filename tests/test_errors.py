@@ -15,7 +15,12 @@ import torch
 from scan_files import AFFINE, scan, write, write_pairs
 from typer.testing import CliRunner
 
-from srlib import __main__, checksums, collection, errors, grid, images, model, paths, plans, train
+from srlib import cli, data, errors, files
+from srlib.book import collection
+from srlib.data import plans, scans
+from srlib.net import model
+from srlib.run import runs, train
+from srlib.study import grid
 
 SMALL = ("--model", "tiny", "--steps", "2", "--batch-size", "1", "--patch", "36", "8", "8")
 
@@ -27,7 +32,7 @@ def once(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CACHE", "RESULTS"):
             patch.setenv(f"SRLIB_{name}", str(root / name.lower()))
-        patch.setattr(plans, "_step_memory", lambda *network: (0.1, 3e-7))
+        patch.setattr(runs, "step_memory", lambda *network: (0.1, 3e-7))
         write_pairs(root / "scans")
         said = invoke("train", "--data", root / "scans", *SMALL)
         assert said.exit_code == 0, said.output
@@ -43,14 +48,14 @@ def place(once, tmp_path, monkeypatch):
     for name in ("CACHE", "RESULTS"):
         monkeypatch.setenv(f"SRLIB_{name}", str(tmp_path / name.lower()))
     monkeypatch.setenv("SRLIB_DATA", str(tmp_path))
-    monkeypatch.setattr(plans, "_step_memory", lambda *network: (0.1, 3e-7))
+    monkeypatch.setattr(runs, "step_memory", lambda *network: (0.1, 3e-7))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").symlink_to(tmp_path / run.relative_to(root))
     return tmp_path
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(__main__.app, list(map(str, arguments)))
+    return CliRunner().invoke(cli.app, list(map(str, arguments)))
 
 
 def refused(result, *expected: str) -> None:
@@ -124,7 +129,7 @@ def test_out_of_memory(place, monkeypatch, error):
         invoke(*TRAIN, "--steps", "3"), "out of memory", "lower --patch or --batch-size", "--model"
     )
     write(place / "scan.nii", scan(0)[0], AFFINE)
-    monkeypatch.setattr("srlib.windows.scores_by_slab", fail)
+    monkeypatch.setattr("srlib.run.windows.scores_by_slab", fail)
     refused(invoke(*PREDICT, "scan.nii"), "scan: out of memory", "smaller --patch or --model")
 
 
@@ -187,12 +192,12 @@ def test_a_broken_cache_is_named_and_made_again(place, pattern, arguments, spoil
 @pytest.mark.parametrize("change", ["missing", "of another shape"])
 def test_weights_that_are_not_the_networks(place, change):
     file = place / "run" / "model.safetensors"
-    weights, about = checksums.load_tensors(file)
+    weights, about = files.load_tensors(file)
     name = next(iter(weights))
     weights |= {name: torch.zeros(3)}
     if change == "missing":
         del weights[name]
-    checksums.save_tensors(file, weights, about)
+    files.save_tensors(file, weights, about)
     write(place / "scan.nii", scan(0)[0], AFFINE)
     refused(
         invoke(*PREDICT, "scan.nii"),
@@ -205,7 +210,7 @@ def test_weights_that_are_not_the_networks(place, change):
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory):
-    """A run of the collection with one small notebook, as `srlib.collection` leaves it."""
+    """A run of the collection with one small notebook, as `srlib.book.collection` leaves it."""
     root = tmp_path_factory.mktemp("collected")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SRLIB_RESULTS", str(root))
@@ -224,7 +229,7 @@ def test_what_the_collection_reads_again(collected, tmp_path, monkeypatch, name,
     monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path))
     monkeypatch.setattr(collection, "stamp", lambda *arguments: "0")
     monkeypatch.setattr(collection, "execute", lambda *arguments: 1.0)
-    monkeypatch.setattr(collection.data, "check", lambda *arguments: None)
+    monkeypatch.setattr(data.Dataset, "check", lambda *arguments: None)
     file = tmp_path / "smoke" / "mni152" / name
     spoil(file)
     what = "notebook" if file.suffix == ".ipynb" else "manifest"
@@ -299,13 +304,13 @@ def test_a_header_whose_voxels_are_elsewhere(tmp_path, ending, key, elsewhere):
     """Only what is beside a header is read: a data set could show a file of the user's as its image."""
     header = write(tmp_path / "in" / f"scan{ending}", scan(0)[0], AFFINE)
     lines = header.read_text().splitlines(keepends=True)
-    assert images.read(header).array.shape == scan(0)[0].shape
+    assert scans.read(header).array.shape == scan(0)[0].shape
     (raw,) = set(header.parent.iterdir()) - {header}
     shutil.move(raw, tmp_path / "secret.raw")
     named = elsewhere.format(tmp_path)
     header.write_text("".join([*lines[:-1], key, named, "\n"]))
-    with pytest.raises(images.DataError, match=r"expected a file beside it") as refusal:
-        images.read(header)
+    with pytest.raises(scans.DataError, match=r"expected a file beside it") as refusal:
+        scans.read(header)
     assert str(header) in str(refusal.value)
     assert named in str(refusal.value)
 
@@ -324,10 +329,10 @@ def test_slurm_without_its_programs(monkeypatch, tmp_path):
 
 def test_a_full_disk_in_the_words_of_a_library(tmp_path, monkeypatch):
     """PyTorch, ITK and safetensors say neither that the disk is full nor which file they wrote."""
-    monkeypatch.setattr(paths, "SPARE", shutil.disk_usage(tmp_path).total)
+    monkeypatch.setattr(files, "SPARE", shutil.disk_usage(tmp_path).total)
     with (
         pytest.raises(OSError, match="No space left on device") as refusal,
-        paths.atomic_path(tmp_path / "x.nrrd"),
+        files.atomic_path(tmp_path / "x.nrrd"),
     ):
         raise RuntimeError("writing failed")
     assert (
@@ -340,7 +345,7 @@ def test_a_full_disk_in_the_words_of_a_library(tmp_path, monkeypatch):
 
 
 def test_a_fault_of_ours_leaves_a_report(place, monkeypatch):
-    monkeypatch.setattr("srlib.predict.load", lambda path: np.zeros(2) @ np.zeros(3))
+    monkeypatch.setattr("srlib.run.predict.load", lambda path: np.zeros(2) @ np.zeros(3))
     result = invoke(*PREDICT, "scan.nii")
     assert result.exit_code == 1
     (said,) = result.stderr.splitlines()
@@ -383,7 +388,7 @@ def test_ctrl_c_within_a_command(monkeypatch, error):
         finally:
             raise error
 
-    monkeypatch.setattr("srlib.provenance.describe", fail)
+    monkeypatch.setattr("srlib.machine.describe", fail)
     result = invoke("info")
     assert result.exit_code == 130
     assert result.stderr == f"{errors.STOPPED}\n"
@@ -397,8 +402,8 @@ def test_ctrl_c_while_modules_are_imported(tmp_path):
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "srlib", "info"],
-        cwd=paths.ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(paths.ROOT)])},
+        cwd=files.ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(files.ROOT)])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -413,7 +418,7 @@ def test_ctrl_c_while_modules_are_imported(tmp_path):
 
 @pytest.mark.parametrize("spoil", [cut, binary, not_a_notebook])
 def test_records_of_runs_that_are_broken(tmp_path, monkeypatch, spoil):
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
+    monkeypatch.setattr(files, "REFERENCE", tmp_path)
     (tmp_path / grid.DATASET).mkdir()
     for name in ("runs.jsonl", "runs.csv"):
         (tmp_path / grid.DATASET / name).write_text('{"run": "a"}\n')
@@ -428,4 +433,4 @@ def test_records_of_runs_that_are_broken(tmp_path, monkeypatch, spoil):
 def test_the_record_of_a_run_that_is_broken(place, spoil):
     spoil(place / "run" / "run.json")
     with pytest.raises(ValueError, match=r"run\.json: expected the record of a run"):
-        paths.read_json(place / "run" / "run.json", "the record of a run", run=str)
+        files.read_json(place / "run" / "run.json", "the record of a run", run=str)

@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
-from srlib import data, evaluate, runs, train
-from srlib.checkpoints import load_trained, save_trained
-from srlib.registry import MEAN
-from srlib.runs import RunConfig
+from srlib import data
+from srlib.data.catalog import MEAN
+from srlib.run import evaluate, runs, train
+from srlib.run.checkpoints import load_trained, save_trained
+from srlib.run.runs import RunConfig
 
 SPACING = (1.0, 2.0, 3.0)
 CLASSES = ("a", "b")
@@ -135,13 +136,13 @@ def trained(tmp_path, monkeypatch):
 
 def test_a_run_is_evaluated_once(trained, monkeypatch):
     table = evaluate.evaluate(trained)
-    assert table["case"].unique().tolist() == list(data.split("mni152").test[:2])
+    assert table["case"].unique().tolist() == list(data.open("mni152").split().test[:2])
     assert not table.isna().any(axis=None)
     monkeypatch.setattr(evaluate, "predict", None)  # a second prediction would fail
     pd.testing.assert_frame_equal(evaluate.evaluate(trained), table)
     network = runs.run_dir(trained) / "model.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(data, "fingerprint", lambda name: "other data")
+        patch.setattr(data.Dataset, "fingerprint", "other data")
         with pytest.raises(data.DataError, match="then, other data now"):
             evaluate.evaluate(trained, checkpoint=network)
     more = _more(trained)
@@ -189,7 +190,7 @@ def _more(config):
 def test_stored_predictions_are_those_of_the_network(trained):
     evaluate.evaluate(trained)
     case = evaluate.test_cases(trained)[0]
-    image = data.load_case("mni152", case)["image"]
+    image = data.open("mni152").load(case)["image"]
     predicted = evaluate.predict(train.load_model(trained), image, trained.patch_size)
     assert predicted.shape == image.shape[1:]
     assert torch.equal(evaluate.load_prediction(trained, case), predicted)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srlib import explore, plots
+from srlib.show import explore, plots
 
 CLASSES = ("grey matter", "white matter")
 

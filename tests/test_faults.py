@@ -21,8 +21,11 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from srlib import __main__, checkpoints, checksums, collection, data, paths, runs, train
-from srlib.runs import RunConfig
+from srlib import cli, data
+from srlib import files as paths
+from srlib.book import collection
+from srlib.run import checkpoints, runs, train
+from srlib.run.runs import RunConfig
 
 QUICK = RunConfig("mni152", steps=2, model="tiny", batch_size=1, patch_size=(36, 20, 20), warmup=1)
 OPTIONS = ("--model", "tiny", "--steps", "2", "--batch-size", "1", "--patch", "36", "20", "20")
@@ -67,7 +70,7 @@ def of_another_network(path: Path) -> None:
 def of_another_version(path: Path) -> None:
     found = checkpoints.load_trained(path)
     about = {"config": {"dataset": "mni152", "wings": 2}, "dataset": {}}
-    checksums.save_tensors(path, found.weights, about)
+    paths.save_tensors(path, found.weights, about)
 
 
 def with_a_lost_bit(path: Path) -> None:
@@ -91,9 +94,9 @@ def with_weights(found: checkpoints.Trained, change) -> checkpoints.Trained:
 
 
 def with_unknown_normalisation(path: Path) -> None:
-    tensors, about = checksums.load_tensors(path)
+    tensors, about = paths.load_tensors(path)
     about["dataset"]["normalisation"] = ["by rank"]
-    checksums.save_tensors(path, tensors, about)
+    paths.save_tensors(path, tensors, about)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ def test_a_network_that_would_give_wrong_masks_is_refused_by_name(
     shutil.copy(trained / file.name, file)
     spoil(file)
     result = CliRunner().invoke(
-        __main__.app, ["predict", str(file), str(tmp_path), "--out", str(tmp_path / "masks")]
+        cli.app, ["predict", str(file), str(tmp_path), "--out", str(tmp_path / "masks")]
     )
     assert result.exit_code == 2
     assert len(result.output.splitlines()) == 1
@@ -153,7 +156,7 @@ def test_a_trained_network_that_cannot_be_used(trained, tmp_path, spoil, message
     shutil.copy(trained / file.name, file)
     spoil(file)
     more = [tmp_path / "scan.nii", "--out", tmp_path / "masks"] if command == "predict" else []
-    result = CliRunner().invoke(__main__.app, [command, str(file), *map(str, more)])
+    result = CliRunner().invoke(cli.app, [command, str(file), *map(str, more)])
     assert result.exit_code == 2
     assert len(result.output.splitlines()) == 1
     assert message in result.output
@@ -183,7 +186,7 @@ def test_a_scan_that_cannot_be_segmented(trained, tmp_path, name, lines, message
 def test_masks_that_cannot_be_written(trained, tmp_path):
     """Before anything is computed."""
     (tmp_path / "masks").write_text("not a folder")
-    result = predict(trained, data.cases("mni152")[0].image, tmp_path / "masks")
+    result = predict(trained, data.open("mni152").cases[0].image, tmp_path / "masks")
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
     assert str(tmp_path / "masks") in result.stderr
@@ -200,15 +203,15 @@ def test_masks_that_cannot_be_written(trained, tmp_path):
 def test_one_scan_that_fails_does_not_end_the_others(
     trained, tmp_path, monkeypatch, error, message
 ):
-    scans = [case.image for case in data.cases("mni152")[:2]]
+    scans = [case.image for case in data.open("mni152").cases[:2]]
 
     def segment(segmenter, files, *options):
         if files[0] == scans[0]:
             raise error
 
-    monkeypatch.setattr("srlib.predict.segment", segment)
+    monkeypatch.setattr("srlib.run.predict.segment", segment)
     monkeypatch.setattr(
-        "srlib.predict.write_mask", lambda mask, like, path, overwrite: path.touch()
+        "srlib.run.predict.write_mask", lambda mask, like, path, overwrite: path.touch()
     )
     result = predict(trained, *scans, tmp_path / "masks")
     assert result.exit_code == 2
@@ -220,7 +223,7 @@ def test_one_scan_that_fails_does_not_end_the_others(
 
 def test_a_training_that_diverges(results, monkeypatch):
     monkeypatch.setattr(train, "learning_rate", lambda config, step: math.inf)
-    result = CliRunner().invoke(__main__.app, ["train", *OPTIONS])
+    result = CliRunner().invoke(cli.app, ["train", *OPTIONS])
     assert result.exit_code == 2
     assert result.stderr.startswith("step 1: loss or weights are no finite numbers any more")
     assert len(result.stderr.splitlines()) == 1
@@ -229,7 +232,7 @@ def test_a_training_that_diverges(results, monkeypatch):
 def predict(trained: Path, *scans_and_out: Path):
     """What the command says."""
     *scans, out = map(str, scans_and_out)
-    return CliRunner().invoke(__main__.app, ["predict", str(trained), *scans, "--out", out])
+    return CliRunner().invoke(cli.app, ["predict", str(trained), *scans, "--out", out])
 
 
 def test_equal_networks_are_equal_files(trained, tmp_path):
@@ -277,7 +280,7 @@ def test_a_state_that_cannot_be_resumed_from_is_left_where_it_is(results, make, 
     path.parent.mkdir(parents=True)
     make(path)
     before = path.read_bytes()
-    result = CliRunner().invoke(__main__.app, ["train", *OPTIONS])
+    result = CliRunner().invoke(cli.app, ["train", *OPTIONS])
     assert result.exit_code == 2
     assert f"{path}: {message}" in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -26,21 +26,13 @@ from scan_files import (
 )
 from typer.testing import CliRunner
 
-from srlib import (
-    __main__,
-    checkpoints,
-    data,
-    datasets,
-    evaluate,
-    images,
-    labels,
-    paths,
-    plans,
-    runs,
-    train,
-)
-from srlib.images import DataError, Window
-from srlib.registry import Dataset, tuples
+from srlib import cli, data, files
+from srlib.data import catalog, labels, plans, scans
+from srlib.data.catalog import Entry, tuples
+from srlib.data.scans import Window
+from srlib.files import DataError
+from srlib.net import costs
+from srlib.run import checkpoints, evaluate, runs, train
 
 
 @pytest.fixture
@@ -48,8 +40,8 @@ def places(tmp_path, monkeypatch) -> Path:
     """An empty data root, cache and results; memory of a step as if it had been counted."""
     for name in ("DATA", "CACHE", "RESULTS"):
         monkeypatch.setenv(f"SRLIB_{name}", str(tmp_path / name.lower()))
-    monkeypatch.setattr(datasets, "data_roots", lambda: [tmp_path / "data"])
-    monkeypatch.setattr(plans, "_step_memory", lambda *network: (0.1, 3e-7))
+    monkeypatch.setattr(catalog, "data_roots", lambda: [tmp_path / "data"])
+    monkeypatch.setattr(runs, "step_memory", lambda *network: (0.1, 3e-7))
     return tmp_path
 
 
@@ -127,30 +119,32 @@ def test_a_folder_of_any_layout_is_a_data_set(places, kind):
     assert entry.values == values
     assert entry.spacing == (1.0, 1.0, 2.0)
     assert (entry.in_channels, entry.out_channels) == (len(modalities), 3)
-    data.check(name)
-    assert data.case_ids(name) == [f"case_{n}" for n in range(5)]
-    case = data.load_case(name, "case_3")
+    data.open(name).check()
+    assert [case.id for case in data.open(name).cases] == [f"case_{n}" for n in range(5)]
+    case = data.open(name).load("case_3")
     assert case["image"].shape == (len(modalities), *SHAPE)
-    stored = images.read(data.cases(name)[3].label).array
+    stored = scans.read(data.open(name).cases[3].label).array
     for label, value in enumerate(values, start=1):
         np.testing.assert_array_equal(case["label"][0] == label, stored == value)
     np.testing.assert_array_equal(labels.decode(case["label"][0].numpy(), entry), stored)
-    assert len(data.summary(name)) == 5
-    sample = data.TrainingSamples(name, data.split(name).train, (16, 16, 16), 1, 1, 0)[0]
+    assert len(data.open(name).summary()) == 5
+    sample = data.TrainingSamples(
+        data.open(name), data.open(name).split().train, (16, 16, 16), 1, 1, 0
+    )[0]
     assert sample["image"].shape == (len(modalities), 16, 16, 16)
 
 
 def test_a_plan_is_made_once_and_again_when_a_file_changed(places, monkeypatch):
     folder = write_nnunet(places / "scans")
     first = data.get(str(folder))
-    assert Dataset(**tuples(json.loads(json.dumps(dataclasses.asdict(first))))) == first
+    assert Entry(**tuples(json.loads(json.dumps(dataclasses.asdict(first))))) == first
     with monkeypatch.context() as patch:
         patch.setattr(plans, "read_case", None)  # a second look would fail
         plans._loaded.cache_clear()
         assert data.get(str(folder)) == first
     with monkeypatch.context() as patch:
         patch.setattr(plans, "read_case", None)
-        patch.setattr(plans, "source_hash", lambda names: "other sources")
+        patch.setattr(plans, "RECIPE", 0)
         plans._loaded.cache_clear()
         with pytest.raises(TypeError):
             data.get(str(folder))
@@ -158,7 +152,7 @@ def test_a_plan_is_made_once_and_again_when_a_file_changed(places, monkeypatch):
     write(folder / "imagesTr" / "case_9_0000.nii.gz", image, AFFINE)
     write(folder / "labelsTr" / "case_9.nii.gz", label, AFFINE)
     assert data.get(str(folder)) != first
-    assert len(data.cases(str(folder))) == 6
+    assert len(data.open(str(folder)).cases) == 6
 
 
 def test_only_what_is_stated_to_be_ct_has_one_scale_for_all_cases(places):
@@ -183,27 +177,27 @@ def test_spacing_is_the_median_after_turning_to_ras(places):
         for array, name in ((image, "images"), (label, "labels")):
             write(folder / name / f"case_{number}.nii.gz", array, turned)
     assert data.get(str(folder)).spacing == (3.0, 1.0, 1.0)
-    assert data.load_case(str(folder), "case_0")["image"].shape == (1, 18, 15, 22)
+    assert data.open(str(folder)).load("case_0")["image"].shape == (1, 18, 15, 22)
 
 
-def test_patches_shrink_until_a_step_fits_the_memory(places):
+def test_patches_shrink_until_a_step_fits_the_memory():
     size = np.array([200, 300, 50])
-    whole, needed = plans.patch_size(size, 1, 3, memory=100, network="small")
+    whole, needed = plans.patch_size(size, (0.1, 3e-7), 100)
     assert whole == (200, 304, 56)
     assert needed == pytest.approx(0.1 + 2 * 3e-7 * np.prod(whole))
     for memory in (4, 1):
-        patch, needed = plans.patch_size(size, 1, 3, memory, "small")
+        patch, needed = plans.patch_size(size, (0.1, 3e-7), memory)
         assert needed <= memory
         larger = np.add(patch, (8, 0, 0))
         assert 0.1 + 2 * 3e-7 * larger.prod() > memory or larger[0] > 200
     with pytest.raises(ValueError, match=r"takes 0\.14 GiB or more, allowed are 0\.1"):
-        plans.patch_size(size, 1, 3, 0.1, "small")
+        plans.patch_size(size, (0.1, 3e-7), 0.1)
 
 
 def test_memory_of_a_step_is_counted_not_guessed():
     with pytest.raises(ValueError, match="network 'huge' is not one of paper, small, tiny"):
-        plans._step_memory("huge", 1, 3)
-    fixed, each = plans._step_memory("tiny", 1, 3)
+        costs.step_memory("huge", 1, 3)
+    fixed, each = costs.step_memory("tiny", 1, 3)
     assert 0 < fixed < 0.1
     assert 1e-8 < each < 1e-5
 
@@ -211,7 +205,7 @@ def test_memory_of_a_step_is_counted_not_guessed():
 def test_the_command_says_the_plan(places):
     folder = write_nnunet(places / "scans", ("CT", "PET"))
     write(folder / "labelsTr" / "case_4.nii.gz", np.zeros(SHAPE, np.uint8), AFFINE)
-    result = CliRunner().invoke(__main__.app, ["data", "plan", str(folder), "--memory", "1"])
+    result = CliRunner().invoke(cli.app, ["data", "plan", str(folder), "--memory", "1"])
     assert result.exit_code == 0
     for line in (
         "5 labelled cases, 1 of them without any class: case_4",
@@ -222,7 +216,7 @@ def test_the_command_says_the_plan(places):
         "patches of 40 x 40 x 40 voxels: a training step of the network 'small' with 2 of them takes 0.14 GiB",
     ):
         assert line in result.output
-    result = CliRunner().invoke(__main__.app, ["data", "check", str(folder)])
+    result = CliRunner().invoke(cli.app, ["data", "check", str(folder)])
     assert result.output.endswith("5 cases, all in order\n")
 
 
@@ -232,30 +226,31 @@ def test_a_folder_is_trained_and_evaluated_like_any_data_set(places):
         "default", str(folder), model="tiny", steps=2, batch_size=1, tom="none"
     )
     assert config.dataset == str(folder.resolve())
-    assert (
-        config.patch_size == data.get(str(folder)).patch_size == (40, 40, 40)
-    )  # larger than a case
+    assert config.patch_size == (40, 40, 40)  # larger than a case
     train.train(config)
     table = evaluate.evaluate(config)
     assert set(table["class"]) == {"label 5", "label 9"}
-    assert not paths.results_dir("smoke", config.dataset).is_relative_to(folder)
+    assert not files.results_dir("smoke", config.dataset).is_relative_to(folder)
 
 
 def test_folds_of_a_folder_stay_when_it_moves_and_are_as_many_as_cases(places):
     folder = write_pairs(places / "scans", cases=3)
-    before = [data.split(str(folder), fold) for fold in range(3)]
+    before = [data.open(str(folder)).split(fold) for fold in range(3)]
     assert sorted(i for fold in before for i in fold.test) == ["case_0", "case_1", "case_2"]
     with pytest.raises(ValueError, match=r"has the folds \[0, 1, 2\]"):
-        data.split(str(folder), 3)
+        data.open(str(folder)).split(3)
     moved = folder.rename(places / "elsewhere")
-    assert [data.split(str(moved), fold) for fold in range(3)] == before
+    assert [data.open(str(moved)).split(fold) for fold in range(3)] == before
 
 
 def _untrained(folder: Path, config: runs.RunConfig) -> Path:
     """The file that a training of the folder as it is now would leave, but for the weights."""
     file = folder.parent / "model.safetensors"
     weights = train.build_model(config).state_dict()
-    checkpoints.save_trained(file, checkpoints.about_to_train(config)._replace(weights=weights))
+    checkpoints.save_trained(
+        file,
+        checkpoints.about_to_train(config, data.open(config.dataset))._replace(weights=weights),
+    )
     return file
 
 
@@ -269,7 +264,7 @@ def _other_classes(folder: Path) -> None:
 
 def _other_voxels(folder: Path) -> None:
     path = folder / "imagesTr" / "case_1_0000.nii.gz"
-    write(path, images.read(path).array + 1, AFFINE)
+    write(path, scans.read(path).array + 1, AFFINE)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +331,7 @@ def test_classes_that_no_table_or_figure_can_hold_are_refused_with_the_plan(
 ):
     folder = write_pairs(places / "scans")
     (folder / "dataset.json").write_text(f'{{"channel_names": {{"0": "MRI"}}, "labels": {labels}}}')
-    result = CliRunner().invoke(__main__.app, ["data", "plan", str(folder)])
+    result = CliRunner().invoke(cli.app, ["data", "plan", str(folder)])
     assert result.exit_code == 2
     assert str(folder) in result.output
     assert message in result.output
@@ -348,8 +343,8 @@ def test_names_that_mean_a_missing_value_elsewhere_are_names(places):
     for path in [*folder.glob("*/case_0*"), *folder.glob("*/case_1*"), *folder.glob("*/case_2*")]:
         name = {"0": "None", "1": "nan", "2": "$x$"}[path.name[5]]
         path.rename(path.with_name(path.name.replace(path.name[:6], name)))
-    assert data.case_ids(str(folder)) == ["$x$", "None", "case_3", "nan"]
-    assert data.summary(str(folder))["case"].tolist() == ["$x$", "None", "case_3", "nan"]
+    assert [case.id for case in data.open(str(folder)).cases] == ["$x$", "None", "case_3", "nan"]
+    assert data.open(str(folder)).summary()["case"].tolist() == ["$x$", "None", "case_3", "nan"]
     settings = {"model": "tiny", "tom": "none", "patch_size": (40, 24, 24)}
     for fold in range(4):
         config = runs.config_for("default", str(folder), fold, **settings)
@@ -366,8 +361,8 @@ def test_names_that_mean_a_missing_value_elsewhere_are_names(places):
 
 def test_spleen_is_the_decathlons_task_with_a_ct_window(places):
     write_decathlon(places / "data" / "Task09_Spleen", values=(1,))
-    data.check("spleen")
-    case = data.load_case("spleen", "case_0")
+    data.open("spleen").check()
+    case = data.open("spleen").load("case_0")
     assert case["spacing"] == (1.5, 1.5, 2.0)
     assert 0.3 < case["image"].min() < 0.5  # 50 and some noise, of -57 to 164
     assert 0.9 < case["image"].max() <= 1
@@ -388,16 +383,16 @@ def test_spleen_is_downloaded_checked_and_unpacked(places, monkeypatch):
         data.download("spleen")
     monkeypatch.setitem(DecathlonDataset.md5, "Task09_Spleen", md5)
     assert data.download("spleen") == places / "data" / "Task09_Spleen"
-    data.check("spleen")
-    assert len(data.case_ids("spleen")) == 5
-    assert [len(data.split("spleen", fold).test) for fold in range(5)] == [1] * 5
+    data.open("spleen").check()
+    assert len([case.id for case in data.open("spleen").cases]) == 5
+    assert [len(data.open("spleen").split(fold).test) for fold in range(5)] == [1] * 5
 
 
 def test_btcv_is_read_as_its_archive_unpacks(places):
     write_btcv(places / "data" / "BTCV")
-    data.check("btcv")
-    assert data.case_ids("btcv") == ["img0001", "img0002", "img0003"]
-    case = data.load_case("btcv", "img0002")
+    data.open("btcv").check()
+    assert [case.id for case in data.open("btcv").cases] == ["img0001", "img0002", "img0003"]
+    case = data.open("btcv").load("img0002")
     assert case["image"].shape == (1, *SHAPE)
     assert case["label"].unique().tolist() == list(range(14))
     assert case["affine"][0, 0] > 0  # the file's first axis points left
@@ -406,18 +401,18 @@ def test_btcv_is_read_as_its_archive_unpacks(places):
 
 def test_brats_regions_overlap(places):
     write_brats(places / "data" / "BraTS2021_Training_Data")
-    data.check("brats")
+    data.open("brats").check()
     entry = data.get("brats")
     assert (entry.in_channels, entry.out_channels, entry.regions) == (4, 3, True)
-    case = data.load_case("brats", "BraTS2021_00001")
+    case = data.open("brats").load("BraTS2021_00001")
     assert not case["image"][:, :3].any()  # what was 0 stays 0
     assert case["image"][0, 3:].std() == pytest.approx(1, abs=1e-3)
-    stored = images.read(data.cases("brats")[1].label).array
+    stored = scans.read(data.open("brats").cases[1].label).array
     masks = labels.class_masks(case["label"][None], entry.members)[0].numpy()
     for mask, values in zip(masks, ((1, 4), (1, 2, 4), (4,)), strict=True):
         np.testing.assert_array_equal(mask, np.isin(stored, values))
     np.testing.assert_array_equal(labels.decode(case["label"][0].numpy(), entry), stored)
-    volumes = data.summary("brats").set_index("case").loc["BraTS2021_00001"]
+    volumes = data.open("brats").summary().set_index("case").loc["BraTS2021_00001"]
     assert volumes["whole tumour (ml)"] == np.isin(stored, (1, 2, 4)).sum() / 1000
 
 
@@ -487,7 +482,7 @@ def _edit(name: str, change):
 
     def spoil(folder: Path) -> None:
         path = folder / name
-        array, affine = images.read(path)
+        array, affine = scans.read(path)
         write(path, *change(array, affine))
 
     return spoil
@@ -623,19 +618,19 @@ def test_a_bad_folder_is_one_message_that_names_the_file_and_status_2(places, ki
         data.get(str(folder))
     assert message in str(caught.value)
     assert str(folder) in str(caught.value)
-    result = CliRunner().invoke(__main__.app, ["data", "check", str(folder)])
+    result = CliRunner().invoke(cli.app, ["data", "check", str(folder)])
     assert (result.exit_code, result.output) == (2, f"{caught.value}\n")
     assert not (places / "results").exists()
 
 
 def test_a_class_that_only_a_held_out_case_has_is_refused_before_training(places):
     folder = write_pairs(places / "scans", values=(1,))
-    (held_out,) = data.split(str(folder)).test
+    (held_out,) = data.open(str(folder)).split().test
     _, label = scan(9, values=(1, 2))
     write(folder / "labels" / f"{held_out}.nii.gz", label, AFFINE)
     plans._loaded.cache_clear()  # as in a new process, which looks at the files again
     config = runs.RunConfig(str(folder), steps=1, warmup=1)
-    data.check(str(folder))
+    data.open(str(folder)).check()
     with pytest.raises(
         DataError, match="no training case of fold 0 has label 2; expected each class"
     ):
@@ -646,8 +641,8 @@ def test_a_class_that_only_a_held_out_case_has_is_refused_before_training(places
 def test_one_empty_mask_is_no_fault(places):
     folder = write_pairs(places / "scans")
     write(folder / "labels" / "case_0.nii.gz", np.zeros(SHAPE, np.uint8), AFFINE)
-    data.check(str(folder))
-    assert not data.load_case(str(folder), "case_0")["label"].any()
+    data.open(str(folder)).check()
+    assert not data.open(str(folder)).load("case_0")["label"].any()
 
 
 def test_names_of_any_script_and_of_200_bytes_work(places):
@@ -656,19 +651,19 @@ def test_names_of_any_script_and_of_200_bytes_work(places):
         for kind in ("images", "labels"):
             path = folder / kind / f"case_{number}.nii.gz"
             path.rename(path.with_name(f"{name}.nii.gz"))
-    for case_id in data.case_ids(str(folder)):
-        assert data.load_case(str(folder), case_id)["image"].shape == (1, *SHAPE)
+    for case_id in [case.id for case in data.open(str(folder)).cases]:
+        assert data.open(str(folder)).load(case_id)["image"].shape == (1, *SHAPE)
 
 
 def test_numbers_that_begin_with_0_are_names(places):
     folder = write_pairs(places / "scans", cases=2)
     for path in sorted(folder.glob("*/*")):
         path.rename(path.with_name(path.name.replace("case_", "00")))
-    assert data.summary(str(folder))["case"].tolist() == ["000", "001"]
+    assert data.open(str(folder)).summary()["case"].tolist() == ["000", "001"]
 
 
 def test_as_many_labels_as_eight_bits_hold(tmp_path):
-    label = images.Scan(np.arange(256.0), np.eye(4))
+    label = scans.Scan(np.arange(256.0), np.eye(4))
     assert labels.values_in(tmp_path, label) == [*range(1, 256)]
     with pytest.raises(DataError, match="expected whole numbers, one for each of a few classes"):
         labels.values_in(tmp_path, label._replace(array=np.arange(1, 257.0)))
@@ -687,7 +682,7 @@ def test_what_cannot_be_downloaded_says_how_to_get_it(places, name):
     with pytest.raises(DataError, match="register at Synapse"):
         data.download(name)
     with pytest.raises(FileNotFoundError, match="register at Synapse"):
-        data.find(name)
+        data.open(name)
 
 
 FAULTY = st.sampled_from(["shape", "affine", "value", "fraction", "nan", "constant"])
@@ -713,7 +708,7 @@ def test_check_finds_exactly_the_spoiled_cases(faults, tmp_path_factory):
     found, lines = set(), []
     for number, case in enumerate(plans.standard(folder).cases):
         try:
-            _, label = images.read_case(case.images, case.label, 1)
+            _, label = scans.read_case(case.images, case.label, 1)
             labels.values_in(case.label, label, known)
         except DataError as error:
             found.add(number)
@@ -724,8 +719,8 @@ def test_check_finds_exactly_the_spoiled_cases(faults, tmp_path_factory):
 
 def test_windows_survive_json():
     entry = data.get("spleen")
-    again = Dataset(**tuples(json.loads(json.dumps(dataclasses.asdict(entry)))))
+    again = Entry(**tuples(json.loads(json.dumps(dataclasses.asdict(entry)))))
     assert Window(*again.normalisation[0]) == entry.normalisation[0]
     image = np.linspace(-100, 200, 27).reshape(3, 3, 3)
     for one, other in zip(entry.normalisation, again.normalisation, strict=True):
-        np.testing.assert_array_equal(images.normalise(image, one), images.normalise(image, other))
+        np.testing.assert_array_equal(scans.normalise(image, one), scans.normalise(image, other))

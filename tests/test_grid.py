@@ -21,9 +21,12 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from srlib import grid, paths, plots, statistics, train
-from srlib.__main__ import app
-from srlib.runs import RunConfig, run_id
+from srlib import files
+from srlib.cli import app
+from srlib.run import train
+from srlib.run.runs import RunConfig, run_id
+from srlib.show import plots
+from srlib.study import grid, statistics
 
 RECORD = {"device_name": "a device", "training_seconds": 9.5, "commit": "abc"}
 
@@ -39,7 +42,7 @@ def searched(tmp_path_factory):
     """A reference folder in which the learning-rate search is done: 4e-3 is best for `none`."""
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "REFERENCE", folder)
+        patch.setattr(files, "REFERENCE", folder)
         table = pd.DataFrame({"system": [*grid.SYSTEMS], "step_seconds": 0.4})
         (folder / "cpu").mkdir()
         table.to_csv(folder / "cpu" / "systems.csv", index=False)
@@ -53,7 +56,7 @@ def searched(tmp_path_factory):
 def reference(searched, tmp_path, monkeypatch):
     """A copy of it for each test."""
     shutil.copytree(searched, tmp_path / "reference")
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+    monkeypatch.setattr(files, "REFERENCE", tmp_path / "reference")
     return tmp_path / "reference"
 
 
@@ -97,7 +100,7 @@ def test_the_search_decides_the_learning_rate():
     rates = {c.system: c.learning_rate for c in grid.configs("tom")}
     assert rates == {"segresmamba": 2e-3, "none": 4e-3, "conv": 2e-3}
     assert {c.learning_rate for c in grid.configs("ablations")} == {2e-3}  # SegResMamba's
-    records = paths.REFERENCE / "hippocampus" / "runs.jsonl"
+    records = files.REFERENCE / "hippocampus" / "runs.jsonl"
     records.write_text("".join(records.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(FileNotFoundError, match="1 of 36 runs of the learning-rate search"):
         grid.configs("tom")
@@ -168,7 +171,7 @@ def test_a_run_with_other_columns_is_not_kept_among_the_others():
 def test_committed_runs_agree_with_their_records(monkeypatch):
     """Each name is that of the configuration beside it, and each run has as many cases as its fold."""
     monkeypatch.undo()
-    for file in paths.REFERENCE.glob("*/runs.jsonl"):
+    for file in files.REFERENCE.glob("*/runs.jsonl"):
         kept = grid.kept(file.parent.name)
         assert list(kept.records) == list(kept.tables)
         for name, record in kept.records.items():
@@ -218,7 +221,7 @@ def test_what_is_interrupted_computes_nothing_more(monkeypatch):
 
 
 def test_a_queue_that_computes_nothing_is_not_waited_for_without_end(monkeypatch):
-    monkeypatch.setattr(paths, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(files, "LONGEST_WAIT", 0.1)
     with pytest.raises(TimeoutError, match="are there workers"):
         list(grid._as_they_end([Future()]))
 
@@ -226,7 +229,7 @@ def test_a_queue_that_computes_nothing_is_not_waited_for_without_end(monkeypatch
 @pytest.mark.parametrize("options", [[], ["--store"]])
 def test_seconds_a_step_are_stored_only_when_asked_to(monkeypatch, options):
     """The steps of runs, which are in their names, come from that table."""
-    file = paths.ROOT / "benchmarks" / "step.py"
+    file = files.ROOT / "benchmarks" / "step.py"
     spec = importlib.util.spec_from_file_location("step", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -275,7 +278,7 @@ def keep_cases(config: RunConfig) -> None:
 
 
 def test_nothing_is_there_yet(reference, monkeypatch, capsys):
-    monkeypatch.setattr(paths, "REFERENCE", reference / "empty")
+    monkeypatch.setattr(files, "REFERENCE", reference / "empty")
     table = grid.committed("tom", "peers")
     assert table.empty
     assert {"system", "title", "dice", "device"} <= set(table)
@@ -342,7 +345,7 @@ def test_notebook_needs_no_number_of_committed_runs(kept, drawn, reference, monk
     }
     names |= {"FOLDS": grid.FOLDS, "systems": grid.systems, "pd": pd}
     names |= {"MINUTES": grid.MINUTES, "LONG_MINUTES": grid.LONG_MINUTES}
-    cells = nbformat.read(paths.NOTEBOOKS / "04_evaluation.ipynb", as_version=4).cells
+    cells = nbformat.read(files.NOTEBOOKS / "04_evaluation.ipynb", as_version=4).cells
     for cell in cells:
         if "committed" in cell.metadata.get("tags", []):
             exec(cell.source, names)
@@ -380,7 +383,7 @@ def compute(tmp_path, monkeypatch):
         plan = [grid.Planned(config, nan) for config in PLAN[:count]]
         monkeypatch.setattr(grid, "GRIDS", {"test": lambda: plan})
         monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path / "results"))
-        monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+        monkeypatch.setattr(files, "REFERENCE", tmp_path / "reference")
         environment = dict(os.environ)
         with executor as made:
             grid.compute(["test"], made)

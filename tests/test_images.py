@@ -14,8 +14,10 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from scan_files import itk_image, write, write_dicom
 from scipy.ndimage import map_coordinates
 
-from srlib import data, images
-from srlib.images import DataError, Scan, Window
+from srlib import data
+from srlib.data import scans
+from srlib.data.scans import Scan, Window
+from srlib.files import DataError
 
 SHAPE = (7, 6, 5)
 VOXELS = np.random.default_rng(0).integers(0, 1000, SHAPE).astype(np.int16)
@@ -34,9 +36,9 @@ def oblique(spacing=(2.0, 1.5, 3.0), angle=0.3) -> np.ndarray:
 @pytest.mark.parametrize(
     "affine", [np.diag([1.0, 2, 3, 1]), oblique()], ids=["straight", "oblique"]
 )
-@pytest.mark.parametrize("name", [f"scan{ending}" for ending in images.ENDINGS] + ["series", "ä ö"])
+@pytest.mark.parametrize("name", [f"scan{ending}" for ending in scans.ENDINGS] + ["series", "ä ö"])
 def test_every_format_gives_the_same_array_and_ras_affine(tmp_path, name, affine):
-    scan = images.read(write(tmp_path / name, VOXELS, affine))
+    scan = scans.read(write(tmp_path / name, VOXELS, affine))
     assert scan.array.dtype == np.float32
     np.testing.assert_array_equal(scan.array, VOXELS)
     np.testing.assert_allclose(scan.affine, affine, atol=1e-4)
@@ -166,7 +168,7 @@ def test_a_bad_file_is_one_message_that_names_it(tmp_path, kind):
     make, message = BAD_FILES[kind]
     path = make(tmp_path)
     with pytest.raises(DataError) as caught:
-        images.read(path)
+        scans.read(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -175,7 +177,7 @@ def test_a_bad_file_is_one_message_that_names_it(tmp_path, kind):
 def test_a_negative_spacing_of_nrrd_is_an_axis_that_points_the_other_way(tmp_path):
     """So says ITK, whose format's spacing may have a sign; NIfTI's may not."""
     np.testing.assert_array_equal(
-        images.read(_nrrd("1 -1 1")(tmp_path)).affine, np.diag([-1, 1, 1, 1])
+        scans.read(_nrrd("1 -1 1")(tmp_path)).affine, np.diag([-1, 1, 1, 1])
     )
 
 
@@ -183,21 +185,21 @@ def test_channels_are_files_on_one_grid_or_one_4d_file(tmp_path):
     paths = [tmp_path / "a.nii.gz", tmp_path / "b.mha"]
     for path in paths:
         write(path, VOXELS, oblique())
-    assert [s.array.shape for s in images.read_channels(paths, 2)] == [SHAPE, SHAPE]
+    assert [s.array.shape for s in scans.read_channels(paths, 2)] == [SHAPE, SHAPE]
     whole = write(tmp_path / "4d.nii.gz", np.stack([VOXELS, 2 * VOXELS], axis=-1), oblique())
-    first, second = images.read_channels([whole], 2)
+    first, second = scans.read_channels([whole], 2)
     np.testing.assert_array_equal(2 * first.array, second.array)
 
     with pytest.raises(DataError, match=r"4d\.nii\.gz: expected 3 channels, got 2"):
-        images.read_channels([whole], 3)
+        scans.read_channels([whole], 3)
     with pytest.raises(DataError, match=r"a\.nii\.gz: expected 3 channels, got 2 files"):
-        images.read_channels(paths, 3)
+        scans.read_channels(paths, 3)
     write(paths[1], VOXELS[1:], oblique())
     with pytest.raises(DataError, match=r"b\.mha: its shape is \(6, 6, 5\)"):
-        images.read_channels(paths, 2)
+        scans.read_channels(paths, 2)
     write(paths[1], VOXELS, oblique(angle=0.31))
     with pytest.raises(DataError, match=r"b\.mha: its affine is not that of .*a\.nii\.gz"):
-        images.read_channels(paths, 2)
+        scans.read_channels(paths, 2)
 
 
 # --- Preparation ----------------------------------------------------------------------------------
@@ -217,7 +219,7 @@ def test_the_working_grid_does_not_depend_on_the_order_of_voxels_in_the_file(cod
         nib.orientations.apply_orientation(array, turn), affine @ inv_ornt_aff(turn, array.shape)
     )
     assert nib.aff2axcodes(stored.affine) == tuple(codes)
-    back = images.regrid(stored, (1, 2, 3))
+    back = scans.regrid(stored, (1, 2, 3))
     np.testing.assert_array_equal(back.array, array)
     np.testing.assert_allclose(back.affine, affine, atol=1e-9)
 
@@ -233,7 +235,7 @@ def test_resampling_keeps_values_at_their_place_in_the_world(shape, old, new):
     affine = oblique(old)
     x, y, z = np.indices(shape)
     scan = Scan((x * old[0] + 2 * y * old[1] - z * old[2]).astype(np.float32), affine)
-    result = images.regrid(scan, new)
+    result = scans.regrid(scan, new)
     spacing = np.linalg.norm(result.affine[:3, :3], axis=0)
     if not np.allclose(old, new, rtol=1e-3):
         np.testing.assert_allclose(spacing, new)
@@ -247,26 +249,26 @@ def test_resampling_keeps_values_at_their_place_in_the_world(shape, old, new):
 
 def test_labels_are_resampled_without_new_values():
     labels = Scan((VOXELS % 3 * 5).astype(np.float32), np.eye(4))
-    assert set(np.unique(images.regrid(labels, (0.7, 1.3, 0.4), labels=True).array)) <= {0, 5, 10}
+    assert set(np.unique(scans.regrid(labels, (0.7, 1.3, 0.4), labels=True).array)) <= {0, 5, 10}
 
 
 def test_normalisations():
     image = VOXELS.astype(np.float32)
     image[:3] = 0
-    window = images.normalise(image, Window(100, 500, 100, 400))
+    window = scans.normalise(image, Window(100, 500, 100, 400))
     np.testing.assert_allclose(window, (np.clip(image, 100, 500) - 100) / 400, atol=1e-6)
-    inside = images.normalise(image, "nonzero")
+    inside = scans.normalise(image, "nonzero")
     assert not inside[image == 0].any()
     values = inside[image != 0]
     assert abs(values.mean()) < 1e-6
     assert abs(values.std() - 1) < 1e-6
     for how in ("scan", "nonzero"):
-        assert not images.normalise(np.zeros(SHAPE), how).any()
+        assert not scans.normalise(np.zeros(SHAPE), how).any()
 
 
 def test_prepare_gives_channels_each_on_its_own_scale():
     scan = Scan(VOXELS.astype(np.float32), np.diag([2.0, 2, 2, 1]))
-    image, affine = images.prepare([scan, scan], (1, 1, 1), ("scan", Window(0, 1000, 0, 1000)))
+    image, affine = scans.prepare([scan, scan], (1, 1, 1), ("scan", Window(0, 1000, 0, 1000)))
     assert image.dtype == torch.float32
     assert image.shape == (2, 13, 11, 9)
     assert image.is_contiguous()
@@ -279,6 +281,6 @@ def test_prepare_gives_channels_each_on_its_own_scale():
 )
 def test_an_unknown_normalisation_is_refused(how):
     with pytest.raises(ValueError, match="unknown normalisation"):
-        images.normalise(np.zeros((2, 2, 2)), how)
+        scans.normalise(np.zeros((2, 2, 2)), how)
     with pytest.raises(ValueError, match="unknown normalisation"):
         dataclasses.replace(data.get("hippocampus"), normalisation=(how,))

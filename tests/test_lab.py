@@ -15,7 +15,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from srlib import paths
+from srlib import files
 
 playwright = pytest.importorskip("playwright.sync_api", reason='needs the extra "dev": playwright')
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -47,7 +47,7 @@ def lab(tmp_path_factory):
     """The address of a JupyterLab, as `run_all.sh lab` starts it, on the first notebook and one with both explorers."""
     folder = tmp_path_factory.mktemp("lab") / "notebooks"
     folder.mkdir()
-    shutil.copy(paths.NOTEBOOKS / "00_start_here.ipynb", folder)
+    shutil.copy(files.NOTEBOOKS / "00_start_here.ipynb", folder)
     python = {"kernelspec": {"name": "python3", "display_name": "any", "language": "python"}}
     explorers = new_notebook(cells=[new_code_cell(EXPLORERS)], metadata=python)
     nbformat.write(explorers, folder / "explorers.ipynb")
@@ -57,7 +57,7 @@ def lab(tmp_path_factory):
     command = [sys.executable, "-m", "srlib", "lab", "--no-browser", "--allow-root"]
     command += [f"--ServerApp.root_dir={folder}", f"--ServerApp.port={port}"]
     command += ["--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True"]
-    environment = os.environ | {"PYTHONPATH": str(paths.ROOT), "SRLIB_PROFILE": "smoke"}
+    environment = os.environ | {"PYTHONPATH": str(files.ROOT), "SRLIB_PROFILE": "smoke"}
     log = (folder.parent / "log").open("w")
     server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"

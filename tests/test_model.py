@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from srlib import paths
-from srlib.baselines import with_checkpoints
-from srlib.checkpoints import load_trained
-from srlib.model import FEATURES, SegResMamba, load_released_state_dict
-from srlib.train import build_model
+from srlib import files
+from srlib.net.model import FEATURES, SegResMamba, load_released_state_dict
+from srlib.net.peers import with_checkpoints
+from srlib.run.checkpoints import load_trained
+from srlib.run.train import build_model
 
 ORACLE = Path(__file__).parent / "oracles" / "released_segresmamba_f8.npz"
 TINY = FEATURES["tiny"]
@@ -90,7 +90,7 @@ def test_state_dicts_with_the_former_names_load(tom):
 
 @pytest.mark.parametrize("dataset", ["hippocampus", "mni152"])
 def test_published_networks_load(dataset):
-    trained = load_trained(paths.REFERENCE / dataset / "tiny.safetensors")
+    trained = load_trained(files.REFERENCE / dataset / "tiny.safetensors")
     model = build_model(trained.config, trained.entry)
     model.load_state_dict(trained.weights)
     for name, parameter in model.named_parameters():

@@ -16,8 +16,10 @@ from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
-from srlib import cue, plots, site
+from srlib.book import pages
+from srlib.data import cue
 from srlib.scan import ORDERS, token_order
+from srlib.show import plots
 
 SHAPE, CLASSES, SPACING = (8, 10, 6), ("grey matter", "white matter"), (1.0, 2.0, 3.0)
 VOLUME = np.random.default_rng(0).normal(size=SHAPE)
@@ -277,7 +279,7 @@ def test_alt_text_reaches_the_page(record, displayed):
     output = new_output("display_data", data=bundle, metadata=metadata)
     notebook = new_notebook(cells=[new_code_cell("draw()", outputs=[output])])
     nbformat.validate(notebook)
-    page, _ = HTMLExporter().from_notebook_node(site.with_alt_text(notebook))
+    page, _ = HTMLExporter().from_notebook_node(pages.with_alt_text(notebook))
     (picture,) = BeautifulSoup(page, "html.parser").select("main img")
     assert picture["alt"] == 'bars of "ToM" < decoder'
 

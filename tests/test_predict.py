@@ -16,7 +16,9 @@ from scipy.spatial.transform import Rotation
 from test_images import write
 from torch import nn
 
-from srlib import data, images, labels, predict
+from srlib import data
+from srlib.data import labels, scans
+from srlib.run import predict
 
 ORIENTATIONS = [
     "".join(codes)
@@ -150,7 +152,7 @@ def test_the_mask_has_the_format_and_the_grid_of_the_scan(tmp_path, name, writte
     affine[:3, 3] = (10.25, 20.5, -3)
     path, scan = mask_of(tmp_path, name, block((9, 12, 8)), affine, spacing=(1.0, 1.5, 2.0))
     assert path.name == written
-    mask, expected = images.read(path), images.read(scan)
+    mask, expected = scans.read(path), scans.read(scan)
     np.testing.assert_array_equal(mask.affine, expected.affine)
     np.testing.assert_array_equal(mask.array, expected.array > 0)
     if scan.suffix in (".nrrd", ".mha"):

@@ -4,13 +4,14 @@ import re
 
 import pytest
 
-from srlib import checkpoints, data, pretrained
+from srlib import data
+from srlib.run import checkpoints, pretrained
 
 
 @pytest.mark.parametrize("name", ["mni152", "hippocampus"])
 def test_a_network_s_file_and_its_card_agree_with_the_data(name):
     try:
-        data.find(name)
+        data.open(name)
     except FileNotFoundError:
         pytest.skip(f"no {name} here")
     file = pretrained.file(name)

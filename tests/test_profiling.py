@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from srlib import profiling
-from srlib.paths import REFERENCE
-from srlib.profiling import (
+from srlib.files import REFERENCE
+from srlib.net import costs
+from srlib.net.costs import (
     LEVERS,
     PARTS,
     Workload,
@@ -161,8 +161,8 @@ def says_nothing(*_):
 
 
 def test_a_process_that_says_nothing_is_ended(monkeypatch):
-    monkeypatch.setattr(profiling, "_child", says_nothing)
-    monkeypatch.setattr(profiling, "SILENCE", 1.0)
+    monkeypatch.setattr(costs, "_child", says_nothing)
+    monkeypatch.setattr(costs, "SILENCE", 1.0)
     assert measure_apart(SMALL) == {"failed": "starting: nothing was heard of it for 1 s"}
     assert not multiprocessing.active_children()
 
@@ -177,7 +177,7 @@ def test_samples_that_end_early_are_no_measurement(monkeypatch):
                 rss=next(self.rss)
             )  # then StopIteration, as MemoryError where there is none left
 
-    monkeypatch.setattr(profiling.psutil, "Process", Process)
+    monkeypatch.setattr(costs.psutil, "Process", Process)
     monkeypatch.setattr("threading.excepthook", lambda _: None)
     with pytest.raises(MemoryError, match="sampled to the end"), process_memory("cpu"):
         time.sleep(0.5)
@@ -187,9 +187,9 @@ def test_an_error_without_words_is_told(monkeypatch):
     def measure(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(profiling, "measure", measure)
+    monkeypatch.setattr(costs, "measure", measure)
     receiver, sender = Pipe(duplex=False)
-    profiling._child(SMALL, "cpu", 1, None, sender)
+    costs._child(SMALL, "cpu", 1, None, sender)
     assert receiver.recv() == {"failed": "MemoryError: "}
 
 

@@ -17,8 +17,9 @@ from packaging.utils import canonicalize_name
 from typer.main import get_command
 
 import srlib
-from srlib import __main__, collection
-from srlib.paths import ROOT
+from srlib import cli
+from srlib.book import collection
+from srlib.files import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
@@ -103,7 +104,7 @@ def test_training_needs_only_what_trains():
     absent = ["numba", "llvmlite", "nilearn", "SimpleITK", "statsmodels", "matplotlib", "papermill"]
     absent += ["nbconvert", "nbformat", "jupyterlab", "ipywidgets", "IPython", "distributed"]
     code = f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
-    code += "from srlib import SegResMamba, grid, scan; print(scan.backends()['cpu'].reason)"
+    code += "from srlib import SegResMamba, scan; from srlib.study import grid; print(scan.backends()['cpu'].reason)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "numba cannot be used" in done.stdout
@@ -135,8 +136,8 @@ def test_tree_is_complete():
     for name in (
         *documents,
         *environment,
-        "srlib/model.py",
-        "srlib/tom.py",
+        "srlib/net/model.py",
+        "srlib/net/tom.py",
         "srlib/scan/__init__.py",
     ):
         assert (ROOT / name).is_file(), name
@@ -173,7 +174,7 @@ def test_the_readme_is_short():
 
 
 def test_the_pages_name_every_command_option_and_variable():
-    app = get_command(__main__.app)
+    app = get_command(cli.app)
     options = (ROOT / "docs" / "options.md").read_text()
     maintainers = {"store-outputs", "store-reference", "collection"}
     for command in set(app.commands) - maintainers:
@@ -184,10 +185,38 @@ def test_the_pages_name_every_command_option_and_variable():
     assert set(re.findall(r"SRLIB_[A-Z]+", options)) == set(re.findall(r"SRLIB_[A-Z]+", code))
 
 
+PACKAGES = [
+    "files machine tables errors",
+    "scan",
+    "net",
+    "data",
+    "run",
+    "study",
+    "show",
+    "book",
+    "cli __main__",
+]
+
+
+def test_imports_go_upwards_only():
+    level = {name: number for number, names in enumerate(PACKAGES) for name in names.split()}
+    for file in (ROOT / "srlib").rglob("*.py"):
+        here = file.relative_to(ROOT / "srlib").with_suffix("").parts[0]
+        if here == "__init__":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
+                continue
+            package, *parts = node.module.split(".")
+            names = parts[:1] or [alias.name for alias in node.names]
+            above = [name for name in names if level.get(name, 0) > level[here]]
+            assert package != "srlib" or not above, f"{file.name} imports {above}"
+
+
 def test_the_page_for_developers_names_every_module():
-    named = set(re.findall(r"`(\w+)/?`", (ROOT / "docs" / "development.md").read_text()))
-    modules = {path.stem for path in (ROOT / "srlib").iterdir() if path.suffix in {"", ".py"}}
-    assert modules - {"__init__", "__pycache__"} <= named
+    named = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "development.md").read_text()))
+    modules = {path.stem for path in (ROOT / "srlib").rglob("*.py") if path.parent.name != "scan"}
+    assert modules - {"__init__"} <= named
 
 
 def test_citation_and_package_have_one_version():

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from srlib import provenance
+from srlib import machine
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "outer" / "checkout" / "file").write_text("1")
     git(tmp_path / "outer" / "checkout", "add", "file")
     git(tmp_path / "outer" / "checkout", "commit", "-q", "-m", "file")
-    monkeypatch.setattr(provenance, "ROOT", tmp_path / "outer" / "checkout")
+    monkeypatch.setattr(machine, "ROOT", tmp_path / "outer" / "checkout")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "third" / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "third"))
     monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "third" / ".git" / "index"))
@@ -41,21 +41,21 @@ def git(folder, *command):
 
 def test_the_commit_is_this_checkout_s(checkout, monkeypatch):
     own = git(checkout, "rev-parse", "HEAD")
-    assert provenance.commit() == (own, False)
+    assert machine.commit() == (own, False)
     monkeypatch.setenv("SRLIB_COMMIT", "0" * 40)  # of a copy that was sent elsewhere from here
-    assert provenance.commit() == (own, False)
+    assert machine.commit() == (own, False)
     (checkout / "file").write_text("2")
-    assert provenance.commit() == (own, True)
+    assert machine.commit() == (own, True)
 
 
 def test_a_copy_without_git_names_the_commit_that_it_was_given(checkout, monkeypatch):
     (checkout / ".git").rename(checkout / "away")
-    assert provenance.commit() == ("unknown", False)
+    assert machine.commit() == ("unknown", False)
     monkeypatch.setenv("SRLIB_COMMIT", "0" * 40)
-    assert provenance.commit() == ("0" * 40, False)
-    assert provenance.describe()["commit"] == "0" * 40
+    assert machine.commit() == ("0" * 40, False)
+    assert machine.describe()["commit"] == "0" * 40
 
 
 def test_a_broken_git_folder_is_not_looked_past(checkout):
     (checkout / ".git" / "HEAD").unlink()
-    assert provenance.commit() == ("unknown", False)
+    assert machine.commit() == ("unknown", False)

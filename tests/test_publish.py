@@ -5,8 +5,8 @@ import importlib.util
 import pandas as pd
 import pytest
 
-from srlib import grid
-from srlib.paths import REFERENCE, ROOT
+from srlib.files import REFERENCE, ROOT
+from srlib.study import grid
 
 
 @pytest.fixture(scope="module")

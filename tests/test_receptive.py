@@ -1,12 +1,14 @@
 """The effective receptive field against convolutions whose field is known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from srlib import receptive
-from srlib.model import SegResMamba
+from srlib.net.model import SegResMamba
+from srlib.study import receptive
 
 SPACING = (1.0, 1.0, 1.0)
 
@@ -81,7 +83,7 @@ def test_nothing_to_measure_is_an_error():
 
 def test_images_lie_in_the_middle_of_one_size(monkeypatch):
     case = {"image": torch.ones(1, 5, 12, 7)}
-    monkeypatch.setattr(receptive.data, "load_case", lambda dataset, case_id: case)
+    monkeypatch.setattr(receptive.data, "open", lambda _: SimpleNamespace(load=lambda _: case))
     (fitted,) = receptive.centred_images("hippocampus", ["007"], (9, 8, 7))
     assert fitted.shape == (1, 9, 8, 7)
     assert fitted.sum() == 5 * 8 * 7

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from srlib.model import CMMB, Downsample, Skip, UpStage
+from srlib.net.model import CMMB, Downsample, Skip, UpStage
 from srlib.scan import recompute
 from srlib.scan.recompute import recomputed
 

@@ -5,8 +5,8 @@ import json
 import pandas as pd
 import pytest
 
-from srlib import reference
-from srlib.paths import results_dir
+from srlib.book import verify
+from srlib.files import results_dir
 
 TABLES = {
     "03-loss": pd.DataFrame({"prediction": ["a"], "cross-entropy": [2.0], "step (s)": [1.0]}),
@@ -21,7 +21,7 @@ NOTEBOOKS = ["03_training", "04_evaluation", "05_memory"]
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setattr(reference, "REFERENCE", tmp_path / "reference")
+    monkeypatch.setattr(verify, "REFERENCE", tmp_path / "reference")
 
 
 def write(tables, notebooks=NOTEBOOKS):
@@ -38,17 +38,17 @@ def write(tables, notebooks=NOTEBOOKS):
 @pytest.fixture
 def stored(folders):
     write(TABLES)
-    reference.store("smoke", "mni152")
+    verify.store("smoke", "mni152")
 
 
 def compare():
-    return reference.compare("smoke", "mni152", NOTEBOOKS)
+    return verify.compare("smoke", "mni152", NOTEBOOKS)
 
 
 def test_the_same_tables_agree_and_times_are_not_compared(stored):
     assert compare()["agrees"].all()
     assert set(compare()["column"]) == {"cross-entropy", "count", "mean", "parameters", "share"}
-    assert reference.verdict(compare()) == "9 of 9 numbers agree with the reference"
+    assert verify.verdict(compare()) == "9 of 9 numbers agree with the reference"
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,7 @@ def test_a_training_may_differ_by_its_tolerance_and_all_else_by_rounding(
         table[column] = table[column].where(table.index != row, value)
         write({name: table})
         assert compare()["agrees"].all() == agrees
-    assert f"{beyond:.6g}, reference {TABLES[name][column][row]:.6g}" in reference.verdict(
-        compare()
-    )
+    assert f"{beyond:.6g}, reference {TABLES[name][column][row]:.6g}" in verify.verdict(compare())
 
 
 def test_lost_rows_and_lost_tables_do_not_agree(stored):
@@ -84,14 +82,14 @@ def test_lost_rows_and_lost_tables_do_not_agree(stored):
 
 
 def test_only_tables_of_notebooks_that_ran_are_compared(stored):
-    assert reference.compare("smoke", "mni152", ["01_architecture"]).empty
+    assert verify.compare("smoke", "mni152", ["01_architecture"]).empty
 
 
 def test_nothing_computed_and_nothing_stored_are_named():
     with pytest.raises(FileNotFoundError, match="no reference for profile smoke, data set mni152"):
         compare()
     with pytest.raises(FileNotFoundError, match="nothing has been computed"):
-        reference.store("smoke", "mni152")
+        verify.store("smoke", "mni152")
 
 
 def test_storing_replaces_the_tables_of_what_was_run_and_no_others(stored):
@@ -99,7 +97,7 @@ def test_storing_replaces_the_tables_of_what_was_run_and_no_others(stored):
     for file in tables.iterdir():
         file.unlink()
     write({"04-other": TABLES["04-summary"]}, ["04_evaluation"])
-    reference.store("smoke", "mni152")
-    target = reference.folder("smoke", "mni152")
+    verify.store("smoke", "mni152")
+    target = verify.folder("smoke", "mni152")
     assert {file.stem for file in target.glob("*.csv")} == {"03-loss", "04-other", "05-parts"}
     assert set(json.loads((target / "manifest.json").read_text())["notebooks"]) == set(NOTEBOOKS)

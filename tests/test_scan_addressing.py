@@ -7,7 +7,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-from srlib.paths import ROOT
+from srlib.files import ROOT
 from srlib.scan import ORDERS, backends, mixer, token_order
 
 LONGEST = 600

@@ -11,7 +11,7 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image, PngImagePlugin
 
-from srlib import site
+from srlib.book import pages as site
 
 ENTRY = {
     "device": "a CPU, 2 threads",

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from srlib import statistics
-from srlib.registry import MEAN
+from srlib.data.catalog import MEAN
+from srlib.study import statistics
 
 DICE = ("dice",)
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from srlib import evaluate, grid, tables
-from srlib.images import DataError
-from srlib.paths import REFERENCE, ROOT
-from srlib.registry import MEAN
+from srlib import tables
+from srlib.data.catalog import MEAN
+from srlib.files import REFERENCE, ROOT, DataError
+from srlib.run import evaluate
+from srlib.study import grid
 
 ODD = [
     "None",

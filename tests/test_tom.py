@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from srlib.net.tom import ToMLayer, TriOrientedMamba
 from srlib.scan import token_order
-from srlib.tom import ToMLayer, TriOrientedMamba
 
 ORACLE = Path(__file__).parent / "oracles" / "tri_oriented_mamba.npz"
 

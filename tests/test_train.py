@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from srlib import data, runs, train
-from srlib.runs import RunConfig
+from srlib import data
+from srlib.run import runs, train
+from srlib.run.runs import RunConfig
 
 QUICK = RunConfig(
     "mni152", steps=6, model="tiny", tom="inner", batch_size=1, patch_size=(36, 20, 20), warmup=2
@@ -40,10 +41,10 @@ def test_identity_changes_with_all_that_the_weights_depend_on(monkeypatch):
     torch.set_num_threads(threads + 1)
     ids.add(runs.run_id(QUICK))
     torch.set_num_threads(threads)
-    monkeypatch.setattr(data, "fingerprint", lambda name: "other data")
+    monkeypatch.setattr(data.Dataset, "fingerprint", "other data")
     ids.add(runs.run_id(QUICK))
     monkeypatch.undo()
-    monkeypatch.setattr(runs, "source_hash", lambda names: "other sources")
+    monkeypatch.setattr(runs, "RECIPE", 0)
     ids.add(runs.run_id(QUICK))
     assert len(ids) == 8
 
@@ -96,7 +97,7 @@ def test_kill_and_resume_gives_the_weights_of_the_undisturbed_run(results, monke
     long = dataclasses.replace(QUICK, steps=60)
     # Each step of the run that is killed takes a while, so that no machine is too fast to kill it.
     code = (
-        "import time; from srlib import train; from srlib.runs import RunConfig; "
+        "import time; from srlib.run import train; from srlib.run.runs import RunConfig; "
         "rate = train.learning_rate; "
         "train.learning_rate = lambda *step: (time.sleep(0.1), rate(*step))[1]; "
         f"train.train({long!r}, checkpoint_seconds=0)"
@@ -154,10 +155,10 @@ def test_what_a_killed_process_left_half_written_is_removed(results):
 
 
 def test_cases_are_checked_before_anything_is_computed(results, monkeypatch):
-    def refuse(name, fold):
+    def refuse(self, fold):
         raise data.DataError("bad.nii.gz: not a gzip file")
 
-    monkeypatch.setattr(data, "check", refuse)
+    monkeypatch.setattr(data.Dataset, "check", refuse)
     with pytest.raises(data.DataError, match=r"bad\.nii\.gz"):
         train.train(QUICK)
     assert not runs.run_dir(QUICK).exists()

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from srlib import runs, train
-from srlib.runs import RunConfig
+from srlib.run import runs, train
+from srlib.run.runs import RunConfig
 
 # In float64, for rounding grows: InstanceNorm over the few voxels of the deepest maps turns float32's into a thousandth
 # of the gradient, and Adam's first steps take no more of a gradient than its sign.
@@ -22,7 +22,7 @@ SHARED = RunConfig(
 WORKER = """
 import os, signal, sys
 from pathlib import Path
-from srlib import train
+from srlib.run import train
 from srlib.runs import RunConfig
 
 rank = os.environ["RANK"]

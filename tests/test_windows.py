@@ -4,7 +4,7 @@ import pytest
 import torch
 from monai.inferers import sliding_window_inference
 
-from srlib import windows
+from srlib.run import windows
 
 
 def scores_of(window):

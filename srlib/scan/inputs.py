@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .definition import compute_dtype
 from .orders import check_order
-from .reference import compute_dtype
 
 Gradients = dict[str, Tensor]
 HALF = (torch.float16, torch.bfloat16)

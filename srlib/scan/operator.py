@@ -19,8 +19,8 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .choice import choose
+from .definition import compute_dtype, reference
 from .inputs import Options, ScanInputs, check_gradient
-from .reference import compute_dtype, reference
 
 
 def _room_for_states(worker: ModuleType, u: Tensor, A: Tensor, keep: bool) -> Tensor:

@@ -1,0 +1,1 @@
+"""The notebooks: their execution, their pages, and the comparison with what the repository holds."""

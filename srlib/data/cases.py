@@ -1,0 +1,423 @@
+"""Data sets: their cases, checks, cached preprocessing, folds, and seeded random samples.
+
+    files --check--> trusted files --load--> RAS, working spacing, z-scores, kept on disk
+          --TrainingSamples--> patches, each a pure function of (seed, step, index)
+
+Arrays are (C, X, Y, Z), the axes pointing right, anterior and superior; where the network says
+(D, H, W) it is given X, Y, Z.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from math import radians
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from monai.transforms import (
+    Compose,
+    RandAdjustContrastd,
+    RandGaussianNoised,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+)
+from monai.transforms.utils import create_rotate, create_scale
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from srlib import files
+from srlib.data import cue, labels, plans, scans, virtual
+from srlib.data.catalog import CATALOG, Entry, find, recipe_fingerprint
+from srlib.data.folders import LAYOUTS, Case
+from srlib.files import RECIPE, DataError, cache_dir, slug
+
+FOLDS = 5
+FOLD_SEED = "srlib-folds-1"
+
+
+class Split(NamedTuple):
+    """Case ids of one fold."""
+
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def get(name: str) -> Entry:
+    """Describe a data set, whose files need not be here: the catalogue's entry, or the plan of the folder at that path.
+
+    A folder's entry has the folder's whole path as its name. Its first plan reads every case, which
+    takes a while, and is kept in the cache (`srlib.data.plans`).
+
+    Raises:
+        ValueError: neither a known name nor a folder; it lists the names.
+        DataError: a folder with faults, one line for each.
+    """
+    if name in CATALOG:
+        return CATALOG[name]
+    if not Path(name).is_dir():
+        known = ", ".join(CATALOG)
+        raise ValueError(f"unknown data set {name!r}; choose from {known}, or give a folder's path")
+    return plans.load(Path(name).resolve()).entry
+
+
+def open(name: str) -> Dataset:
+    """Open a data set by its name in the catalogue or its folder's path; a virtual one is built on first use.
+
+    Within a process it is read again when files came into the folder or left it.
+
+    Raises:
+        ValueError: neither a known name nor a folder.
+        FileNotFoundError: a known data set that is not here; it says how to get it.
+        DataError: a folder with faults, one line for each.
+    """
+    entry = get(name)
+    folder = find(entry)
+    return _opened(entry, folder, plans.changed(folder))
+
+
+@lru_cache(maxsize=8)  # many ask for the same one by name
+def _opened(entry: Entry, folder: Path, _changed: tuple[int, ...]) -> Dataset:
+    return Dataset(entry, folder)
+
+
+class Dataset:
+    """A data set whose files are here.
+
+    Attributes:
+        entry: what is known of it.
+        folder: where its files are.
+        cases: the labelled ones, in the order of their ids.
+    """
+
+    def __init__(self, entry: Entry, folder: Path) -> None:
+        self.entry, self.folder = entry, folder
+        self.cases: tuple[Case, ...] = LAYOUTS[entry.layout].read(folder).cases
+        self._by_id = {case.id: case for case in self.cases}
+
+    def __repr__(self) -> str:
+        return f"<{self.entry.name}: {len(self.cases)} cases in {self.folder}>"
+
+    def split(self, fold: int = 0) -> Split:
+        """Training and test cases of a fold: fixed, the same on every machine.
+
+        Five folds, or as many as there are cases: the cases in the order of the SHA-256 of
+        "seed/name/id", dealt out in turn; the rule depends on no random generator's version. The name of
+        a folder is left out, so that its folds stay when it moves. A virtual data set has one split, its
+        first cases (24 subjects of the cohort, 128 volumes of a diagnostic task) against the rest, as fold 0.
+
+        Raises:
+            ValueError: for a fold that the data set does not have, naming those it has.
+        """
+        entry, ids = self.entry, list(self._by_id)
+        folds = range(1 if entry.virtual else min(FOLDS, len(ids)))
+        if fold not in folds:
+            raise ValueError(f"data set {entry.name!r} has the folds {list(folds)}, got {fold!r}")
+        if entry.virtual:
+            test = set(ids[(cue if entry.name in cue.RECIPES else virtual).TRAINING :])
+        else:
+            of = entry.name if entry.name in CATALOG else "folder"
+            keys = {i: hashlib.sha256(f"{FOLD_SEED}/{of}/{i}".encode()).digest() for i in ids}
+            test = set(sorted(ids, key=keys.__getitem__)[fold::FOLDS])
+        return Split(tuple(i for i in ids if i not in test), tuple(i for i in ids if i in test))
+
+    def check(self, fold: int | None = None) -> None:
+        """Hold every case against the data set's entry, before hours are spent on it.
+
+        Readable files of three dimensions, all of a case on one grid (shape and affine) that is regular,
+        finite and not constant intensities, label values that the entry knows, each class in some case.
+
+        Args:
+            fold: look for each class in this fold's training cases only.
+
+        Raises:
+            DataError: one line for each fault, naming the file and what was expected.
+        """
+        found = files.cached_json(self._memory("checked"), self._labels_found)
+        ids = found if fold is None else self.split(fold).train
+        seen = {label for case_id in ids for label in found[case_id]}
+        classes = zip(self.entry.classes, self.entry.members, strict=True)
+        if absent := [name for name, of in classes if not seen & set(of)]:
+            where = "case" if fold is None else f"training case of fold {fold}"
+            raise DataError(
+                f"data set {self.entry.name!r}: no {where} has {', '.join(absent)}; expected each class"
+            )
+
+    def load(self, case_id: str) -> dict[str, Any]:
+        """One preprocessed case, from the cache when its files have not changed.
+
+        Returns:
+            `image` float32 (C, X, Y, Z), robust z-scores, axes RAS, the entry's spacing; `label` int64
+            (1, X, Y, Z); `affine` (4, 4) of this grid, voxels to mm; `spacing` in mm; `id`.
+
+        Raises:
+            ValueError: no such case.
+            DataError: a file of the case that cannot be read, or that changes meanwhile.
+        """
+        case = self[case_id]
+        tensors = self._preprocessed(case, self._place(case))
+        spacing = tuple(map(float, nib.affines.voxel_sizes(tensors["affine"].numpy())))
+        label = tensors["label"].long()
+        return {**tensors, "label": label, "spacing": spacing, "id": case_id}
+
+    def __getitem__(self, case_id: str) -> Case:
+        if case_id not in self._by_id:
+            raise ValueError(f"data set {self.entry.name!r} has no case {case_id!r}")
+        return self._by_id[case_id]
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash that names the data: of the decoded arrays; of a virtual one, its recipe."""
+        if self.entry.virtual:
+            return recipe_fingerprint(self.entry)
+        return files.cached_json(self._memory("fingerprint"), self._hash_arrays)
+
+    def summary(self) -> pd.DataFrame:
+        """One row a case: voxels and voxel size (mm) of each axis, range of the first channel, volumes (ml)."""
+        return pd.DataFrame(files.cached_json(self._memory("summary"), self._rows))
+
+    def file_states(self) -> dict[Path, str]:
+        """Size and modification time of every file of the cases."""
+        return {path: _state(path) for case in self.cases for path in case.files}
+
+    # Facts about all cases are remembered until a file's path, size or modification time, what is expected of it, or
+    # `RECIPE` changes. Prepared cases likewise: MONAI's PersistentDataset keeps pickles without checksums.
+
+    def _identity(self, paths: Sequence[Path]) -> str:
+        entry = self.entry
+        parts = [f"{RECIPE} {entry.name} {entry.classes} {entry.spacing}"]
+        parts.append(f"{entry.normalisation} {entry.label_values}")
+        parts += [f"{path} {_state(path)}" for path in paths]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def _memory(self, what: str) -> Path:
+        paths = [path for case in self.cases for path in case.files]
+        return cache_dir("facts") / f"{slug(self.entry.name)}-{what}-{self._identity(paths)}"
+
+    def _place(self, case: Case) -> Path:
+        """Where a prepared case is kept: safetensors, which can be read without running code."""
+        folder = cache_dir("cases", slug(self.entry.name))
+        return folder / f"{case.id}-{self._identity(case.files)}.safetensors"
+
+    def _preprocessed(self, case: Case, place: Path) -> dict[str, Tensor]:
+        """The prepared case from its place, put there first where it is missing or broken."""
+
+        def make() -> dict[str, Tensor]:
+            if place != self._place(case):
+                raise DataError(
+                    f"{case.image}: it or its label has changed since this process began"
+                )
+            images, label = self._read(case)
+            image, affine = scans.prepare(images, self.entry.spacing, self.entry.normalisation)
+            label = scans.regrid(label, self.entry.spacing, labels=True)
+            return {
+                "image": image,  # (C, X, Y, Z)
+                "label": self._label_map(label),
+                "affine": torch.from_numpy(affine),  # (4, 4)
+            }
+
+        tensors, _ = files.cached(place, make, files.save_tensors, files.load_tensors)
+        return tensors
+
+    def _read(self, case: Case) -> tuple[list[scans.Scan], scans.Scan]:
+        return scans.read_case(case.images, case.label, self.entry.in_channels)
+
+    def _label_map(self, label: scans.Scan) -> Tensor:
+        """Labels of a file as this library numbers them, uint8 (1, X, Y, Z)."""
+        return torch.from_numpy(labels.encode(label.array, self.entry))[None]
+
+    def _labels_found(self) -> dict[str, list[int]]:
+        """The labels, as this library numbers them, of every case; `DataError` with a line for each fault."""
+        found, faults, entry = {}, [], self.entry
+        for case in self.cases:
+            try:
+                _, label = self._read(case)
+                values = labels.values_in(case.label, label, labels.known_values(entry))
+                found[case.id] = [entry.values.index(value) + 1 for value in values]
+            except DataError as error:
+                faults += str(error).splitlines()
+        if faults:
+            raise DataError(
+                "\n".join([f"data set {entry.name!r}, {len(faults)} fault(s):", *faults])
+            )
+        return found
+
+    def _hash_arrays(self) -> str:
+        digest = hashlib.sha256()
+        for case in self.cases:
+            images, label = self._read(case)
+            digest.update(f"{case.id} {images[0].array.shape}".encode())
+            parts: list[tuple[NDArray[Any], str]] = [(image.array, "<f4") for image in images]
+            parts += [(labels.encode(label.array, self.entry), "u1"), (images[0].affine, "<f8")]
+            for array, kind in parts:
+                digest.update(array.astype(kind).tobytes())
+        return digest.hexdigest()[:16]
+
+    def _rows(self) -> list[dict[str, object]]:
+        return [self._row(case) for case in self.cases]
+
+    def _row(self, case: Case) -> dict[str, object]:
+        images, label = self._read(case)
+        image, affine = images[0]
+        masks = labels.class_masks(self._label_map(label)[None], self.entry.members)[0]
+        size = nib.affines.voxel_sizes(affine)
+        row: dict[str, object] = {"case": case.id}
+        row |= {f"voxels_{axis}": n for axis, n in zip("xyz", image.shape, strict=True)}
+        row |= {f"spacing_{axis}_mm": float(s) for axis, s in zip("xyz", size, strict=True)}
+        row |= {"intensity_min": float(image.min()), "intensity_max": float(image.max())}
+        for of_class, mask in zip(self.entry.classes, masks, strict=True):
+            row[f"{of_class} (ml)"] = int(mask.sum()) * float(size.prod()) / 1000
+        return row
+
+
+def _state(path: Path) -> str:
+    state = path.stat() if path.is_file() else None
+    return f"{state.st_size} {state.st_mtime_ns}" if state else "missing"
+
+
+# --- The random part, once a sample -------------------------------------------------------------
+
+
+class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Random training patches, item `i` being a pure function of (seed, step, index in the batch).
+
+    Item `i` belongs to step `first_step + i // batch_size`, so a run resumed at a step goes on with
+    the samples that the uninterrupted run would have seen. Cases come in a new random order each
+    time all have been seen. Two patches of three are centred on a random foreground voxel, as far
+    as the case reaches; a case smaller than the patch lies anywhere in it. What is outside of the
+    scan is 0, the mean of z-scores (and where CT's windows from 0 to 1 begin), as in MONAI's
+    sliding-window inference.
+
+    With `augment`: rotation up to 15 degrees about each axis and scaling by 0.85 to 1.15 (half of
+    the samples, in one resampling), mirroring along the entry's `flip_axes`, and intensity scale,
+    shift, gamma and noise.
+
+    Args:
+        dataset: its cases.
+        case_ids: those to draw from, such as `dataset.split(0).train`.
+        patch_size: voxels, (X, Y, Z).
+        batch_size: samples a step.
+        steps: number of steps; the length is `steps * batch_size`.
+        seed: non-negative integer.
+        augment: False for plain crops.
+        first_step: step that item 0 belongs to.
+
+    Returns:
+        Each item: `image` float32 (C, *patch_size), `label` int64 (1, *patch_size).
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        case_ids: Sequence[str],
+        patch_size: Sequence[int],
+        batch_size: int,
+        steps: int,
+        seed: int,
+        augment: bool = True,
+        first_step: int = 0,
+    ) -> None:
+        if not case_ids or len(patch_size) != 3:
+            raise ValueError(f"expected cases and 3 patch sizes, got {case_ids!r}, {patch_size!r}")
+        self.dataset = dataset
+        self.cases = [(case, dataset._place(case)) for case in map(dataset.__getitem__, case_ids)]
+        for case, place in self.cases:
+            if not place.is_file():
+                dataset._preprocessed(case, place)
+        self.checked: set[Path] = (
+            set()
+        )  # by this process; each time would take longer than a sample
+        self.patch_size = tuple(patch_size)
+        self.batch_size, self.steps, self.first_step = batch_size, steps, first_step
+        self.seed, self.augment, self.flip_axes = seed, augment, dataset.entry.flip_axes
+        self.intensity = Compose(
+            [
+                RandScaleIntensityd("image", factors=0.15, prob=0.5),
+                RandShiftIntensityd("image", offsets=0.15, prob=0.5),
+                RandAdjustContrastd("image", gamma=(0.7, 1.5), prob=0.3),
+                RandGaussianNoised("image", std=0.1, prob=0.3),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return self.steps * self.batch_size
+
+    def __getitem__(self, item: int) -> dict[str, Tensor]:
+        if not 0 <= item < len(self):
+            raise IndexError(f"item {item} of {len(self)}")
+        number = self.first_step * self.batch_size + item
+        epoch, position = divmod(number, len(self.cases))
+        order = _random_state(self.seed, 0, epoch).permutation(len(self.cases))
+        random = _random_state(self.seed, 1, *divmod(number, self.batch_size))
+
+        case, place = self.cases[order[position]]
+        if place not in self.checked:
+            self.dataset._preprocessed(case, place)
+            self.checked.add(place)
+        arrays = load_file(place)
+        image, label = arrays["image"], arrays["label"]
+        corner = _corner(label[0], self.patch_size, random)
+        if self.augment and random.rand() < 0.5:
+            image, label = _turned_patch(image, label, corner, self.patch_size, random)
+        else:
+            image, label = (_patch(array, corner, self.patch_size) for array in (image, label))
+        if self.augment:
+            flips = [axis + 1 for axis in self.flip_axes if random.rand() < 0.5]  # 0 is the channel
+            image, label = image.flip(flips), label.flip(flips)
+            self.intensity.set_random_state(state=random)
+            image = self.intensity({"image": image})["image"].as_tensor()
+        return {"image": image, "label": label.long()}
+
+
+def _random_state(*key: int) -> np.random.RandomState:
+    """MONAI's kind of generator, seeded with a tuple of integers."""
+    return np.random.RandomState(np.random.SeedSequence(key).generate_state(4))
+
+
+def _corner(
+    label: Tensor, patch: tuple[int, ...], random: np.random.RandomState
+) -> NDArray[np.int64]:
+    """First voxel of the patch in a case (X, Y, Z); negative where the case is the smaller one."""
+    room = np.array(label.shape) - patch
+    corner = random.randint(np.minimum(room, 0), np.maximum(room, 0) + 1)
+    foreground = np.flatnonzero(label.numpy())
+    if random.rand() < 2 / 3 and len(foreground):
+        voxel = np.unravel_index(foreground[random.randint(len(foreground))], label.shape)
+        centred = np.clip(np.array(voxel) - np.array(patch) // 2, 0, np.maximum(room, 0))
+        corner = np.where(room > 0, centred, corner)
+    return corner
+
+
+def _patch(array: Tensor, corner: NDArray[np.int64], patch: tuple[int, ...]) -> Tensor:
+    """(C, X, Y, Z) -> (C, *patch) from `corner` on, 0 outside of the case."""
+    after = corner + patch - array.shape[1:]
+    pads = np.stack([-corner, after], axis=1)[::-1]  # torch names the last axis first; < 0 crops
+    return F.pad(array, pads.flatten().tolist())
+
+
+def _turned_patch(
+    image: Tensor,
+    label: Tensor,
+    corner: NDArray[np.int64],
+    patch: tuple[int, ...],
+    random: np.random.RandomState,
+) -> tuple[Tensor, Tensor]:
+    """`_patch` of a randomly rotated and scaled case; only the patch's voxels are resampled."""
+    angles = [radians(random.uniform(-15, 15)) for _ in range(3)]
+    factors = [random.uniform(0.85, 1.15) for _ in range(3)]
+    turn = np.asarray(create_rotate(3, angles) @ create_scale(3, factors))[:3, :3]
+    # Voxel x among n has torch's coordinate (2x + 1) / n - 1, and the axes come in reverse order.
+    sizes, middle = np.array(image.shape[1:]), corner + (np.array(patch) - 1) / 2
+    linear = turn * patch / sizes[:, None]
+    theta = np.column_stack([linear[:, ::-1], (2 * middle + 1) / sizes - 1])[::-1].copy()
+    grid = F.affine_grid(torch.from_numpy(theta)[None].float(), [1, 1, *patch], align_corners=False)
+    turned = F.grid_sample(image[None], grid, align_corners=False)[0]
+    labels = F.grid_sample(label[None].float(), grid, mode="nearest", align_corners=False)[0]
+    return turned, labels

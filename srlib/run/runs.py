@@ -1,0 +1,152 @@
+"""A run is one training. It has an identity, a folder, and is never done twice.
+
+The identity hashes everything that the trained weights depend on: the configuration, the data, the version
+`srlib.files.RECIPE` of what is computed, the kind of device and the numbers of threads and of processes (which set the
+order of sums).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from srlib import data
+from srlib.data import plans
+from srlib.files import RECIPE, runs_root
+from srlib.machine import device, processes
+from srlib.net.costs import step_memory
+from srlib.net.model import FEATURES
+from srlib.net.peers import SMALL
+from srlib.run import profiles
+from srlib.scan import ORDERS
+
+DEFAULT = profiles.get("default")
+MEMORY = 4.0  # GiB that a training step may take unless another budget is stated
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that one training is asked to do.
+
+    Attributes:
+        dataset: name in `srlib.data.catalog.CATALOG`, or the whole path of a folder (`srlib.data.plans`).
+        fold: which fold is held out.
+        seed: of the initial weights and of every sample.
+        steps: optimizer steps; the budget of a comparison.
+        model: size of SegResMamba, a name in `srlib.net.model.FEATURES`, or a peer, a name in `srlib.net.peers.SMALL`.
+        variant, tom, tom_residual, scan_orders, nslices, recurrence, extra_conv, block: arguments of `SegResMamba`.
+        batch_size: patches a step, of all processes together.
+        patch_size: voxels of a patch (D, H, W), also the window of inference.
+        learning_rate: peak of the schedule.
+        weight_decay: of AdamW.
+        warmup: steps of linear warm-up.
+        augment: random affine, flips, intensity and noise.
+        precision: Lightning Fabric's name, `32-true` or `bf16-mixed`.
+        test_cases: how many held-out cases are evaluated; `None` is all.
+        system: key in `srlib.study.grid.SYSTEMS` of the system that these settings make, empty outside of comparisons;
+            a name, and no part of the run's identity.
+    """
+
+    dataset: str
+    fold: int = 0
+    seed: int = 0
+    steps: int = DEFAULT.steps
+    model: str = DEFAULT.model
+    variant: str = "paper"
+    tom: str | None = None
+    tom_residual: bool = False
+    scan_orders: tuple[str, ...] = ORDERS
+    nslices: int | None = None
+    recurrence: bool = True
+    extra_conv: bool = True
+    block: str = "cmmb"
+    batch_size: int = DEFAULT.batch_size
+    patch_size: tuple[int, int, int] = DEFAULT.patch_size
+    learning_rate: float = DEFAULT.learning_rate
+    weight_decay: float = 1e-2
+    warmup: int = 50
+    augment: bool = True
+    precision: str = "32-true"
+    test_cases: int | None = None
+    system: str = dataclasses.field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.model not in (*FEATURES, *SMALL):
+            names = ", ".join((*FEATURES, *SMALL))
+            raise ValueError(f"model {self.model!r} is not one of {names}")
+        for name in ("steps", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise ValueError(f"patch_size must be three positive numbers, got {self.patch_size}")
+
+    def to_json(self) -> str:
+        """The settings as JSON with sorted keys, without the system's name."""
+        settings = dataclasses.asdict(self)
+        del settings["system"]
+        return json.dumps(settings, sort_keys=True)
+
+
+def config_for(
+    profile: str, dataset: str, fold: int = 0, seed: int = 0, **overrides: object
+) -> RunConfig:
+    """Configure the run that a profile trains on a data set; `overrides` replace single settings.
+
+    A folder's patches are those of its plan, but for the smoke profile.
+    """
+    entry = data.get(dataset)
+    settings = {**dataclasses.asdict(profiles.get(profile)), **overrides}
+    del settings["name"]
+    if entry.median_size and profile != "smoke" and "patch_size" not in overrides:
+        settings["patch_size"], _ = planned_patch(entry)
+    settings.setdefault("warmup", max(1, min(50, settings["steps"] // 10)))
+    return RunConfig(dataset=entry.name, fold=fold, seed=seed, **settings)
+
+
+def planned_patch(
+    entry: data.Entry, model: str = DEFAULT.model, memory: float = MEMORY
+) -> tuple[tuple[int, int, int], float]:
+    """Plan the patch size for a folder: its voxels, and the GiB that a training step of `model` takes."""
+    counted = step_memory(model, entry.in_channels, entry.out_channels)
+    return plans.patch_size(entry.median_size or (), counted, memory)
+
+
+def plan_in_words(folder: str, model: str = DEFAULT.model, memory: float = MEMORY) -> str:
+    """Say how a folder's cases will be trained on, in lines."""
+    plan = plans.load(Path(folder))
+    patch, needed = planned_patch(plan.entry, model, memory)
+    size = " x ".join(map(str, patch))
+    step = f"patches of {size} voxels: a training step of the network {model!r} with {plans.BATCH} of them"
+    return "\n".join(
+        [*plan.summary, f"{step} takes {needed:.2f} GiB (counted), allowed are {memory:g}"]
+    )
+
+
+def run_id(config: RunConfig) -> str:
+    """The identity of a run on this machine: 12 hexadecimal digits."""
+    parts = {
+        "config": config.to_json(),
+        "data": data.open(config.dataset).fingerprint,
+        "recipe": RECIPE,
+        "device": device().type,
+        "threads": torch.get_num_threads(),
+        "processes": processes(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_dir(config: RunConfig) -> Path:
+    """The folder of a run (it may not exist yet)."""
+    return runs_root() / run_id(config)
+
+
+def is_done(config: RunConfig) -> bool:
+    """Whether the run's training has finished here."""
+    return (run_dir(config) / "run.json").is_file()

@@ -1,0 +1,1 @@
+"""Figures: charts of tables, slices of volumes, and explorers."""

@@ -1,0 +1,548 @@
+"""Charts in the collection's visual language: curves, pictures, bars, diagrams, metrics and comparisons.
+
+Each function takes arrays or a table and returns a `Figure`; `srlib.show.plots.Record` writes it down and shows it.
+A table of cases has a row for each run, case and class, as `srlib.study.grid.cases` returns it; its statistics come
+from `srlib.study.statistics`. seaborn draws points by group; intervals are drawn from the table, as seaborn would
+compute others.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.ticker import LogLocator, NullLocator
+from numpy.typing import ArrayLike
+
+from srlib.data import cue
+from srlib.study import grid, statistics
+
+ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#595959"
+# The first five are told apart without red or green cones too; what has more classes needs its markers or hatches.
+CLASS_COLOURS = (VERMILLION, SKY, YELLOW, BLUE, GREEN, PURPLE, ORANGE)
+COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY)  # lines: yellow is too pale
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+METRIC_LABELS = {
+    "dice": "Dice (1: perfect)",
+    "nsd": "NSD (1: perfect)",
+    "hd95": "HD95 (mm, 0: perfect)",
+}
+COSTS = {
+    "parameters": "parameters (millions)",
+    "gmacs": "forward pass (GMACs)",
+    "step_seconds": "CPU step (s)",
+}
+LANE = 0.36  # from the middle of a row of points down to its intervals
+
+Panels = Mapping[str, Mapping[str, ArrayLike]]
+
+
+def subplots(rows: int = 1, columns: int = 1, height: float = 3, **options: Any) -> tuple:
+    """A figure 7.5 inches wide and its axes; options as in `Figure.subplots`."""
+    figure = Figure(figsize=(7.5, height))
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with 1, 2, 5, 10, 20, ... instead of powers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def signals(x: ArrayLike, panels: Panels, xlabel: str, step: bool = False) -> Figure:
+    """Curves over one axis, a panel for each quantity; a legend where the curves' names are not those above.
+
+    Args:
+        x: (n,) positions.
+        panels: label of the vertical axis, with its unit -> name of the curve -> (n,) values.
+        xlabel: label of the horizontal axis, with its unit.
+        step: draw each value as constant until the next position.
+    """
+    height = max(2.6, 1.5 * len(panels) + 0.6)
+    figure, axes = subplots(len(panels), height=height, sharex=True, squeeze=False)
+    above: list[str] = []
+    for axis, (ylabel, curves) in zip(axes[:, 0], panels.items(), strict=True):
+        for (name, y), dash in zip(curves.items(), itertools.cycle(("-", "--", ":", "-."))):
+            axis.plot(x, y, dash, label=name, drawstyle="steps-post" if step else "default")
+        axis.set(ylabel=ylabel)
+        if len(curves) > 1 and list(curves) != above:
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        above = list(curves)
+    axes[-1, 0].set(xlabel=xlabel)
+    figure.align_ylabels()
+    return figure
+
+
+def heat_maps(grid: Panels, label: str, xlabel: str, ylabel: str, annotate: bool = False) -> Figure:
+    """Small pictures in rows and columns that share one colour scale.
+
+    Args:
+        grid: title of the row -> title of the column -> picture (height, width).
+        label: meaning of the colour, with its unit.
+        xlabel: label of a picture's horizontal axis.
+        ylabel: label of a picture's vertical axis.
+        annotate: write each pixel's value into it.
+    """
+    pictures = [[np.asarray(v, dtype=float) for v in line.values()] for line in grid.values()]
+    values = np.concatenate([picture.ravel() for line in pictures for picture in line])
+    norm = Normalize(values.min(), values.max())
+    tall, broad = pictures[0][0].shape
+    height = len(grid) * (min(2.2, 5.2 / len(pictures[0])) * tall / broad + 0.15) + 0.9
+    figure, axes = subplots(len(grid), len(pictures[0]), height=height, squeeze=False)
+    for axis, picture in zip(axes.flat, itertools.chain(*pictures), strict=True):
+        drawn = axis.imshow(picture, cmap="viridis", norm=norm)
+        axis.set(xticks=[], yticks=[])
+        for (y, x), value in np.ndenumerate(picture) if annotate else ():
+            ink = "white" if norm(value) < 0.6 else "black"
+            axis.text(x, y, f"{value:g}", ha="center", va="center", size=8, color=ink)
+    for axis, title in zip(axes[:, 0], grid, strict=True):
+        axis.set_ylabel(f"{title}\n{ylabel}", linespacing=1.6)
+    for top, bottom, title in zip(axes[0], axes[-1], next(iter(grid.values())), strict=True):
+        top.set_title(title)
+        bottom.set_xlabel(xlabel)
+    figure.colorbar(drawn, ax=axes, label=label)
+    return figure
+
+
+def stacked_bars(table: pd.DataFrame, xlabel: str) -> Figure:
+    """A bar for each row of the table, its columns stacked, the total written at the end."""
+    figure, axis = subplots(height=0.34 * len(table) + 1.2)
+    left = np.zeros(len(table))
+    for column, colour, hatch in zip(table, CLASS_COLOURS, itertools.cycle(("", "///", "..."))):
+        style = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": column}
+        bars = axis.barh(table.index.astype(str), table[column], left=left, **style)
+        left += table[column]
+    axis.bar_label(bars, [f"{total:,.3g}" for total in left], padding=3, size=8)
+    axis.invert_yaxis()
+    axis.set(xlabel=xlabel, xlim=(0, 1.12 * left.max()))
+    _legend(figure, axis, ncols=len(table.columns))
+    return figure
+
+
+def diagram(boxes: Mapping[str, tuple], arrows: Sequence[tuple[str, str, str]]) -> Figure:
+    """Boxes and arrows.
+
+    Args:
+        boxes: name -> (x, y, text, colour); one unit is the place of one box.
+        arrows: (from box, to box, text beside the arrow).
+    """
+    xs, ys = zip(*(box[:2] for box in boxes.values()), strict=True)
+    figure, axis = subplots(height=0.62 * (max(ys) - min(ys) + 1) + 0.3)
+    shapes = {}
+    for name, (x, y, text, colour) in boxes.items():
+        tint = [0.6 + 0.4 * channel for channel in to_rgb(colour)]
+        box = FancyBboxPatch((x - 0.42, y - 0.34), 0.84, 0.68, "round,pad=0,rounding_size=0.1")
+        shapes[name] = axis.add_patch(box)
+        box.set(facecolor=tint, edgecolor=colour)
+        axis.text(x, y, text, ha="center", va="center", size=8)
+    for start, end, text in arrows:
+        (x0, y0), (x1, y1) = boxes[start][:2], boxes[end][:2]
+        style = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 0, "shrinkB": 0}
+        style |= {"patchA": shapes[start], "patchB": shapes[end]}
+        axis.annotate("", (x1, y1), (x0, y0), arrowprops=style)
+        axis.text((x0 + x1) / 2, (y0 + y1) / 2 + 0.06, text, size=8, color=GREY, ha="center")
+    axis.set(xlim=(min(xs) - 0.5, max(xs) + 0.5), ylim=(min(ys) - 0.45, max(ys) + 0.45))
+    axis.set_axis_off()
+    return figure
+
+
+# --- Metrics of cases ------------------------------------------------------------------------------
+
+
+def metric_strips(table: pd.DataFrame) -> Figure:
+    """Each case as a point, a column for each class, with a box of median and quartiles; distances start at zero.
+
+    Args:
+        table: columns `class`, `dice`, `nsd`, `hd95`; a row for each case and class.
+    """
+    figure, axes = subplots(1, len(METRIC_LABELS), height=3.2)
+    for axis, (metric, label) in zip(axes, METRIC_LABELS.items(), strict=True):
+        style = {"palette": _by_name(table["class"], CLASS_COLOURS), "size": 4, "legend": False}
+        sns.swarmplot(table, x="class", y=metric, hue="class", **style, warn_thresh=1, ax=axis)
+        groups = [values for _, values in table.groupby("class", sort=False)[metric]]
+        box: dict[str, Any] = {
+            "widths": 0.6,
+            "whis": 0,
+            "showfliers": False,
+            "showcaps": False,
+            "zorder": 3,
+        }
+        box["medianprops"] = {"color": "black", "linewidth": 2}
+        axis.boxplot(groups, positions=range(len(groups)), manage_ticks=False, **box)
+        axis.set(xlabel="", ylabel=label)
+        if metric == "hd95":
+            axis.set_ylim(0, 1.08 * max(1, table["hd95"].max()))
+        axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    return figure
+
+
+def volume_agreement(table: pd.DataFrame) -> Figure:
+    """Predicted against reference volume, and difference against mean (Bland and Altman 1986).
+
+    Lines of a class: the mean difference, and around it the limits of agreement, 1.96 standard deviations away.
+
+    Args:
+        table: columns `class`, `volume_ref_ml`, `volume_pred_ml`; a row for each case and class.
+    """
+    figure, (left, right) = subplots(1, 2, height=3.4)
+    reference, predicted = table["volume_ref_ml"], table["volume_pred_ml"]
+    table = table.assign(mean=(reference + predicted) / 2, difference=predicted - reference)
+    _class_points(left, table, "volume_ref_ml", "volume_pred_ml")
+    _class_points(right, table, "mean", "difference", legend=False)
+    for name, colour in _by_name(table["class"], CLASS_COLOURS).items():
+        values = table.loc[table["class"] == name, "difference"]
+        for limit, dash in ((-1.96, ":"), (0, "-"), (1.96, ":")):
+            right.axhline(values.mean() + limit * values.std(), color=colour, lw=1, ls=dash)
+    left.axline((reference.mean(),) * 2, slope=1, color=GREY, lw=1, ls="--", label="equal")
+    right.axhline(0, color=GREY, linewidth=1, linestyle="--")
+    left.set(xlabel="reference volume (ml)", ylabel="predicted volume (ml)")
+    right.set(xlabel="mean of both volumes (ml)", ylabel="predicted minus reference (ml)")
+    _legend(figure, left)
+    return figure
+
+
+def error_by_volume(cases: pd.DataFrame) -> Figure:
+    """One minus Dice against the structure's volume; medians of fifths of the cases as a line.
+
+    Args:
+        cases: each case and class once.
+    """
+    figure, axis = subplots(height=3.4)
+    ranks = statistics.volume_ranks(cases)
+    named = cases["class"].map(
+        {k: f"{k} (rank correlation {r:+.2f})" for k, (r, _) in ranks.items()}
+    )
+    table = cases.assign(**{"error": 1 - cases["dice"], "class": named})
+    _class_points(axis, table, "volume_ref_ml", "error")
+    for name, colour in _by_name(named, CLASS_COLOURS).items():
+        rows = table[table["class"] == name]
+        fifths = pd.qcut(rows["volume_ref_ml"].rank(method="first"), 5, labels=False)
+        middle = rows.groupby(fifths)[["volume_ref_ml", "error"]].median()
+        for ink, width in (("black", 3.5), (colour, 1.5)):
+            axis.plot(middle["volume_ref_ml"], middle["error"], color=ink, linewidth=width)
+    axis.set(xlabel="reference volume (ml)", ylabel="1 - Dice (0: perfect)")
+    _legend(figure, axis)
+    return figure
+
+
+def reliability(bins: pd.DataFrame) -> Figure:
+    """Observed frequency of a class against its predicted probability, and the voxels behind each point.
+
+    Args:
+        bins: sums over cases of `srlib.run.evaluate.probability_bins`.
+    """
+    figure, (left, right) = subplots(1, 2, height=3.4)
+    left.plot((0, 1), (0, 1), "--", color=GREY, linewidth=1, label="calibrated")
+    dashes = itertools.cycle(("-", "--", ":", "-."))
+    for k, (name, rows) in enumerate(bins.groupby("class", sort=False)):
+        filled = rows[rows["voxels"] > 0]
+        said, found = (filled[column] / filled["voxels"] for column in ("predicted", "observed"))
+        error = np.average(np.abs(said - found), weights=filled["voxels"])
+        # Hollow, so that the class below is seen.
+        style = _style(k, CLASS_COLOURS) | {"ls": next(dashes), "markerfacecolor": "none"}
+        left.plot(said, found, **style, label=f"{name} (mean gap {error:.3f})")
+        right.plot(said, filled["voxels"], **style)
+    left.set(ylabel="share of voxels that are of the class")
+    right.set(ylabel="voxels", yscale="log")
+    for axis in (left, right):
+        axis.set(xlabel="probability of the class", xlim=(-0.03, 1.03))
+    _legend(figure, left)
+    return figure
+
+
+# --- Comparisons of networks -----------------------------------------------------------------------
+
+
+def interval_rows(cases: pd.DataFrame) -> Figure:
+    """A row for each system: the mean over its cases and classes with the 95 % interval, and that of each training.
+
+    Args:
+        cases: runs of one budget, at least one.
+    """
+    metrics = list(METRIC_LABELS)
+    table = statistics.summary(cases, metrics).query("`class` == @statistics.MEAN")
+    trainings = statistics.run_means(cases, metrics).query("`class` == @statistics.MEAN")
+    best_first = table[table["metric"] == "dice"].sort_values("mean", ascending=False)
+    places = {system: row for row, system in enumerate(best_first["system"])}
+    figure, axes = subplots(1, len(metrics), height=0.3 * len(places) + 1.4, sharey=True)
+    for axis, metric in zip(axes, metrics, strict=True):
+        rows, runs = (found[found["metric"] == metric] for found in (table, trainings))
+        _intervals(axis, rows, "mean", rows["system"].map(places))
+        beside = runs["system"].map(places) + 0.25
+        axis.scatter(runs["value"], beside, 14, ORANGE, marker="D", label="one training")
+        axis.set(xlabel=METRIC_LABELS[metric])
+        axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+        axis.locator_params(axis="x", nbins=4)
+    _name_rows(axes[0], places, cases)
+    _legend(figure, axes[0])
+    return figure
+
+
+def paired_rows(cases: pd.DataFrame, reference: str) -> Figure:
+    """A row for each system minus the reference in Dice: a point for each case, below them the mean's 95 % intervals.
+
+    The interval with caps is that for other cases, the thin line that for other cases and other seeds
+    (`statistics.compare`); beside it stand the verdict and p. Within the grey bar the cases could have missed a mean
+    difference (`statistics.detectable`). The axis holds 96 % of the points and all intervals; how many cases lie
+    beyond is written at its rim.
+
+    Args:
+        cases: runs of one budget, of the reference and of at least one other system.
+        reference: the system that is subtracted.
+    """
+    table = statistics.compare(cases, reference, ["dice"], [statistics.MEAN])
+    table = table.sort_values("difference", ascending=False, ignore_index=True)
+    points = statistics.differences(cases, reference, ["dice"]).query("`class` == @statistics.MEAN")
+    figure, axis = subplots(height=0.55 * len(table) + 1.5)
+    ends = table[["low", "high", "low_all", "high_all", "detectable"]].to_numpy().ravel()
+    bounds = [*ends, *-table["detectable"], *np.percentile(points["difference"], (2, 98))]
+    rim = float(np.nanmin(bounds)), float(np.nanmax(bounds))
+    reach, below = table["detectable"], table.index + LANE
+    axis.barh(
+        table.index,
+        2 * reach,
+        0.9,
+        -reach,
+        color="#DDDDDD",
+        label="too small for these cases to show",
+    )
+    inside = points[points["difference"].between(*rim)]
+    places = {"x": "difference", "y": "system", "order": table["system"]}
+    sns.swarmplot(inside, **places, color=SKY, size=3, warn_thresh=1, label="one case", ax=axis)
+    _intervals(axis, table, "difference", below)
+    axis.hlines(below, table["low_all"], table["high_all"], "k", lw=1, label="other seeds, too")
+    axis.axvline(0, color=GREY, linewidth=1, linestyle="--")
+    edge: dict[str, Any] = {"size": 8, "va": "center"}
+    for at, row in enumerate(table.to_dict("records")):
+        p = f"p = {row['p_holm']:.2g}" if row["p_holm"] >= 0.001 else "p < 0.001"
+        words = f"  {statistics.effect(row)}\n  {p}"
+        axis.text(1.03, at, words, transform=axis.get_yaxis_transform(), **edge)
+        values = points.loc[points["system"] == row["system"], "difference"]
+        for beyond, x, text, side in (
+            (values < rim[0], rim[0], "\N{BLACK LEFT-POINTING SMALL TRIANGLE}{}", "right"),
+            (values > rim[1], rim[1], "{}\N{BLACK RIGHT-POINTING SMALL TRIANGLE}", "left"),
+        ):
+            if beyond.any():
+                axis.text(x, at, text.format(beyond.sum()), ha=side, color=BLUE, **edge)
+    axis.margins(x=0.1)
+    base = _titles(cases)[reference]
+    corrected = f"p: Wilcoxon's, corrected over {len(table)} row{'s' * (len(table) > 1)} (Holm)"
+    axis.set(xlabel=f"Dice, minus that of {base} in the same case\n{corrected}")
+    _name_rows(axis, table["system"], cases)
+    _legend(figure, axis)
+    return figure
+
+
+def dice_over_minutes(cases: pd.DataFrame, panels: Mapping[str, Collection[str]]) -> Figure:
+    """Mean Dice with its 95 % interval against the minutes of training, a line for each system.
+
+    Budgets up to `grid.MINUTES` are joined; a longer training stands alone. The axis is made for the better half: a
+    line that starts far below it comes from outside.
+
+    Args:
+        cases: runs of several budgets of time, at least one.
+        panels: title -> keys of the systems in it; a system without a run is left out.
+    """
+    rows = pd.concat(
+        statistics.summary(runs, ["dice"]).assign(minutes=minutes)
+        for minutes, runs in cases.groupby("minutes")
+    ).query("`class` == @statistics.MEAN")
+    titles, ticks = _titles(cases), sorted(rows["minutes"].unique())
+    figure, axes = subplots(1, len(panels), height=4.4, sharey=True, squeeze=False)
+    for axis, (title, systems) in zip(axes[0], panels.items(), strict=True):
+        shown = [system for system in titles if system in systems]
+        for k, system in enumerate(shown):
+            points = rows[rows["system"] == system]
+            points = points.assign(  # intervals side by side
+                minutes=points["minutes"] * 1.03 ** (k - (len(shown) - 1) / 2),
+                joined=points["minutes"] <= grid.MINUTES,
+            )
+            for joined, part in points.groupby("joined"):
+                label = titles[system] if joined or not points["joined"].any() else None
+                style = _style(k, COLOURS) | {"capsize": 2, "label": label}
+                axis.errorbar(part["minutes"], part["mean"], _reach(part, "mean"), **style)
+        axis.set(xscale="log", xlabel="minutes of training on a CPU")
+        axis.set_xticks(ticks, [f"{minutes:g}" for minutes in ticks])
+        axis.set_xticks([], minor=True)
+        axis.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    middle, top = rows["mean"].median(), rows["high"].max()
+    low = max(axes[0, 0].get_ylim()[0], middle - 4 * (top - middle))
+    axes[0, 0].set(ylabel="mean Dice (1: perfect)", ylim=(low, None))
+    return figure
+
+
+def cost_and_gain(rows: pd.DataFrame) -> Figure:
+    """Difference from the whole network against the cost of each one.
+
+    An interval that is much longer than the others is cut at the axis; the legend has its ends.
+
+    Args:
+        rows: columns `title`, `points`, `low`, `high` (difference in Dice points and its interval) and `COSTS`, with
+            parameters in millions; the whole network is the row of zeros.
+    """
+    ends = rows[["low", "high"]].abs().max(axis=1)
+    limit = 1.1 * ends[ends <= 3 * ends[ends > 0].median()].max()
+    figure, axes = subplots(1, len(COSTS), height=4.4, sharey=True)
+    for axis, (column, label) in zip(axes, COSTS.items(), strict=True):
+        for k, row in enumerate(rows.to_dict("records")):
+            name = row["title"]
+            if ends.iloc[k] > limit:
+                name += f" ({row['low']:+.1f} to {row['high']:+.1f})"
+            style = {"color": COLOURS[k % 7], "marker": MARKERS[(k + k // 7) % 7], "capsize": 2}
+            reach = [[row["points"] - row["low"]], [row["high"] - row["points"]]]
+            axis.errorbar(row[column], row["points"], reach, **style, ls="", label=name)
+        axis.axhline(0, color=GREY, linewidth=1, linestyle="--")
+        axis.set(xlabel=label, ylim=(-limit, limit))
+    axes[0].set(ylabel="difference from SegResMamba (Dice points)")
+    _legend(figure, axes[0], ncols=4)
+    return figure
+
+
+def cue_volumes(distances: Sequence[int], number: int = 0) -> Figure:
+    """One plane of a volume of the diagnostic task for each distance: targets with their class, cues joined to them."""
+    figure, axes = subplots(len(distances), height=1.9 * len(distances) + 0.5, squeeze=False)
+    for axis, distance in zip(axes[:, 0], distances, strict=True):
+        recipe = cue.Recipe(distance)
+        rows = cue.rows_of(number, recipe)
+        plane = recipe.shape[0] // recipe.rows // 2  # through the first rows
+        axis.imshow(cue.make_volume(number, recipe)[0][plane], cmap="gray", vmin=-200, vmax=200)
+        for y, x, mark, value in zip(
+            *(part[: recipe.rows] for part in (rows.y, rows.target, rows.cue, rows.value)),
+            strict=True,
+        ):
+            colour, text = CLASS_COLOURS[value - 1], {"ha": "center", "va": "center"}
+            frame: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": 2}
+            axis.add_patch(Rectangle((x - 1.5, y - 1.5), 3, 3, **frame))
+            outwards, name = x + (4 if x > mark else -4), cue.CLASSES[value - 1]
+            axis.text(outwards, y, name, color="white", weight="bold", **text)
+            arrow = {"arrowstyle": "->", "color": colour, "shrinkB": 6}
+            axis.annotate("", (x, y), (mark, y), arrowprops=arrow)
+        axis.set(ylabel="second axis", yticks=(), title=f"cue at {distance} voxels")
+    axes[-1, 0].set(xlabel="last axis (voxels)")
+    return figure
+
+
+def accuracy_by_distance(table: pd.DataFrame) -> Figure:
+    """Accuracy of each system against the cue's distance: the mean over seeds as a line, each seed as a point.
+
+    A dotted line shows what `cue.nearest_mark` reaches.
+
+    Args:
+        table: as `srlib.data.cue.accuracy` returns it.
+    """
+    figure, axis = subplots(height=3.6)
+    names, distances = table["title"].unique(), sorted(table["distance"].unique())
+    columns: dict[str, Any] = {"x": "distance", "y": "accuracy", "hue": "title", "ax": axis}
+    columns["palette"] = _by_name(names, COLOURS)
+    apart = 0.3 / len(names)
+    lines = {"markers": list(MARKERS[: len(names)]), "errorbar": None, "linewidth": 1.5}
+    sns.pointplot(table, **columns, **lines, dodge=apart * (len(names) - 1), markersize=5)
+    for k, name in enumerate(names):
+        rows = table[table["title"] == name]
+        at = rows["distance"].map(distances.index) + apart * (k - (len(names) - 1) / 2)
+        axis.scatter(at, rows["accuracy"], 14, alpha=0.6, **_style(k, COLOURS))
+    near = [cue.nearest_mark(cue.Recipe(distance)) for distance in distances]
+    axis.plot(range(len(distances)), near, ":", color=GREY, label="rule: the nearest mark")
+    axis.axhline(0.5, color=GREY, lw=1, ls="--", label="found, not told apart")
+    axis.set(xlabel="distance of the cue (voxels)", ylabel="voxels called right (1: all)")
+    axis.set_ylim(min(0.45, table["accuracy"].min() - 0.02), 1.02)
+    _legend(figure, axis, ncols=4)
+    return figure
+
+
+def beside_bars(panels: Mapping[str, tuple[pd.DataFrame, float]], log: bool = False) -> Figure:
+    """Published and measured values, a panel for each quantity, with the bar that a claim sets.
+
+    Args:
+        panels: label of the horizontal axis, with its unit -> a row for each rival with columns `published`, `here`,
+            `low`, `high` (NaN: not there), and the bar.
+        log: a logarithmic axis, for ratios.
+    """
+    counts = [len(table) for table, _ in panels.values()]
+    height = 0.27 * sum(counts) + 0.75 * len(counts) + 0.5
+    options: dict[str, Any] = {"sharex": True, "squeeze": False}
+    options["height_ratios"] = [n + 1 for n in counts]
+    figure, axes = subplots(len(panels), height=height, **options)
+    for axis, (label, (table, bar)) in zip(axes[:, 0], panels.items(), strict=True):
+        rows = np.arange(len(table))
+        _intervals(axis, table, "here", rows, color=BLUE, label="here, and its reach")
+        hollow = {"facecolor": "white", "edgecolor": ORANGE, "linewidth": 1.6}
+        axis.scatter(table["published"], rows - 0.22, 34, marker="D", label="published", **hollow)
+        axis.axvline(bar, color=GREY, linestyle="--", linewidth=1, label="what is claimed")
+        axis.set(xlabel=label, xscale="log" if log else "linear", ylim=(len(table) - 0.4, -0.8))
+        axis.set_yticks(rows, table.index)
+        axis.tick_params(labelbottom=True)
+    if log:
+        plain_ticks(axis.xaxis)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+# --- Parts of figures ------------------------------------------------------------------------------
+
+
+def _style(k: int, colours: Sequence[str]) -> dict[str, Any]:
+    """Colour and marker of the k-th group."""
+    return {"color": colours[k % 7], "marker": MARKERS[k % 7]}
+
+
+def _by_name(names: Iterable[str], values: Sequence[str]) -> dict[str, str]:
+    """The k-th value for the k-th name; begins again after the last."""
+    return dict(zip(dict.fromkeys(names), itertools.cycle(values)))
+
+
+def _class_points(axis: Axes, table: pd.DataFrame, x: str, y: str, legend: bool = True) -> None:
+    """A point for each row, colour and marker by its class."""
+    styles: dict[str, Any] = {"hue": "class", "style": "class", "linewidth": 0, "alpha": 0.7}
+    styles |= {"palette": _by_name(table["class"], CLASS_COLOURS), "s": 22, "legend": legend}
+    styles["markers"] = _by_name(table["class"], MARKERS)
+    sns.scatterplot(table, x=x, y=y, ax=axis, **styles)
+
+
+def _reach(rows: pd.DataFrame, middle: str) -> list[pd.Series]:
+    """Distances of `low` and `high` from the middle, as `errorbar` takes them."""
+    return [rows[middle] - rows["low"], rows["high"] - rows[middle]]
+
+
+def _intervals(
+    axis: Axes,
+    rows: pd.DataFrame,
+    middle: str,
+    at: ArrayLike,
+    color: str = "black",
+    label: str = "mean, 95 % interval",
+) -> None:
+    """Lying intervals from `low` to `high`, a dot in the middle."""
+    style: dict[str, Any] = {"fmt": "o", "color": color, "capsize": 3, "markersize": 4}
+    axis.errorbar(rows[middle], at, xerr=_reach(rows, middle), label=label, **style)
+
+
+def _titles(cases: pd.DataFrame) -> dict[str, str]:
+    """Key of a system -> its title."""
+    return dict(zip(cases["system"], cases["title"], strict=True))
+
+
+def _name_rows(axis: Axes, systems: Collection[str], cases: pd.DataFrame) -> None:
+    """Titles of the systems down the vertical axis."""
+    axis.set_yticks(range(len(systems)), [_titles(cases)[system] for system in systems])
+    axis.set(ylim=(len(systems) - 0.4, -0.6), ylabel="")
+
+
+def _legend(figure: Figure, axis: Axes, ncols: int | None = None) -> None:
+    """One legend above the figure, an entry for each label however often it was drawn."""
+    keys = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    if (drawn := axis.get_legend()) is not None:
+        drawn.remove()
+    options: dict[str, Any] = {"loc": "outside upper center", "ncols": ncols or len(keys)}
+    figure.legend(keys.values(), keys.keys(), **options)

@@ -1,0 +1,165 @@
+"""Explorers for JupyterLab: controls above a figure that follows them.
+
+Each is a thin shell of ipywidgets over a function of `srlib.show.volumes` that returns a figure; without a
+browser the notebooks show that figure. Every control has a label and is reached and moved by keyboard: Tab goes on
+to the next, arrow keys move a slider. The picture is replaced in one piece, with alt text, and keeps its place.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from html import escape
+from math import prod
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from srlib.scan import ORDERS, token_order
+from srlib.show.volumes import PLANES, CaseView, case_view, full_window, fullest, order_view
+
+AXES = "DHW"
+
+
+class Explorer(widgets.VBox):
+    """Controls and a picture that is drawn again whenever one of them changes.
+
+    Args:
+        controls: name -> the widget whose `value` is handed to `draw` under that name.
+        rows: the controls as they are laid out, row by row.
+        draw: takes the controls' values by name; returns the figure and its alt text.
+        adjust: takes the name of a control that was changed, before drawing; sets others that depend on it.
+    """
+
+    def __init__(
+        self,
+        controls: Mapping[str, Any],
+        rows: Sequence[Iterable[Any]],
+        draw: Callable[..., tuple[Figure, str]],
+        adjust: Callable[[str], None],
+    ) -> None:
+        self.controls, self.draw_figure, self.adjust = dict(controls), draw, adjust
+        self.adjusting = False
+        self.picture = widgets.HTML()
+        layout = widgets.Layout(flex_flow="row wrap")
+        super().__init__([*(widgets.HBox(list(row), layout=layout) for row in rows), self.picture])
+        for name, control in self.controls.items():
+            control.observe(lambda _, name=name: self._changed(name), names="value")
+        self.redraw()
+
+    def _changed(self, name: str) -> None:
+        if self.adjusting:  # one picture for all that follows from one change
+            return
+        self.adjusting = True
+        try:
+            self.adjust(name)
+        finally:
+            self.adjusting = False
+        self.redraw()
+
+    def redraw(self) -> None:
+        """Draw the figure for what the controls say now."""
+        values = {name: control.value for name, control in self.controls.items()}
+        figure, alt = self.draw_figure(**values)
+        self.picture.value = f'<img alt="{escape(alt)}" src="data:image/png;base64,{_png(figure)}">'
+
+
+def explore_cases(
+    load: Callable[[str], CaseView],
+    case_ids: Sequence[str],
+    classes: Sequence[str],
+    spacing: Sequence[float],
+) -> Explorer:
+    """Slices of cases with outlines and metrics: `srlib.show.volumes.case_view` with controls.
+
+    Args:
+        load: a case's name -> the case; the last few that were looked at are kept.
+        case_ids: the cases to choose from.
+        classes: names of the labels 1, 2, ...
+        spacing: of the voxels, in mm.
+    """
+    load = lru_cache(maxsize=4)(load)
+    case = widgets.Dropdown(options=case_ids, description="case")
+    plane = widgets.Dropdown(options=list(PLANES), value="axial", description="plane")
+    at = widgets.IntSlider(description="slice")
+    width = widgets.FloatSlider(description="window", min=0.1, max=10, step=0.1)
+    level = widgets.FloatSlider(description="level", min=-5, max=5, step=0.1)
+    names = [*classes, *load(case_ids[0]).labels]
+    narrow = widgets.Layout(width="auto", margin="2px 1em")
+    toggles = {
+        name: widgets.Checkbox(True, description=name, indent=False, layout=narrow)
+        for name in names
+    }
+
+    def adjust(name: str) -> None:
+        scan, cut = load(case.value), PLANES[plane.value]
+        if name in {"case", "plane"}:  # go where there is most to see
+            at.max = np.shape(scan.image)[cut] - 1
+            at.value = fullest(next(iter(scan.labels.values())))[cut]
+        if name == "case":
+            width.value, level.value = full_window(scan.image)
+
+    def draw(case: str, plane: str, at: int, width: float, level: float, **shown: bool) -> tuple:
+        chosen = [name for name, on in shown.items() if on]
+        figure = case_view(load(case), classes, spacing, plane, at, (width, level), chosen)
+        return figure, f"Case {case}, {plane} slice {at}, outlines: {', '.join(chosen) or 'none'}"
+
+    adjust("case")
+    controls = {"case": case, "plane": plane, "at": at, "width": width, "level": level, **toggles}
+    return Explorer(controls, [(case, plane, at), (width, level), toggles.values()], draw, adjust)
+
+
+def explore_orders(shape: Sequence[int] = (4, 4, 4)) -> Explorer:
+    """Scan orders as paths, and the distance of two voxels: `srlib.show.volumes.order_view` with controls.
+
+    Args:
+        shape: (D, H, W) of the grid at the start.
+    """
+    size = {axis: _whole(f"grid {axis}", n, 2, 8) for axis, n in zip(AXES, shape, strict=True)}
+    order = widgets.Dropdown(options=ORDERS, value="inter_slice", description="order")
+    nslices = _whole("slices S", shape[0], 1, 8)
+    position = widgets.IntSlider(prod(shape) - 1, 0, prod(shape) - 1, description="position")
+    ends = {
+        end + axis: _whole(f"{end}: {axis}", int(end + axis == "BD"), 0, size[axis].value - 1)
+        for end in "AB"
+        for axis in AXES
+    }
+
+    def adjust(name: str) -> None:
+        if name in size:  # keep within the grid
+            position.max = prod(control.value for control in size.values()) - 1
+            for end in "AB":
+                ends[end + name].max = size[name].value - 1
+
+    def draw(order: str, nslices: int, position: int, **values: int) -> tuple[Figure, str]:
+        shape = [values[axis] for axis in AXES]
+        pair = [[values[end + axis] for axis in AXES] for end in "AB"]
+        orders = {name: token_order(name, prod(shape), nslices) for name in ORDERS}
+        figure = order_view(shape, orders, order, position, pair)
+        far = "; ".join(text.get_text() for text in figure.axes[1].texts)
+        path = f"Order {order} up to step {position} in a grid of {shape}"
+        return figure, f"{path}; A = {pair[0]} and B = {pair[1]}: {far}"
+
+    fields = list(ends.values())
+    controls = {**size, "order": order, "nslices": nslices, "position": position, **ends}
+    rows = [size.values(), (order, nslices, position), fields[:3], fields[3:]]
+    return Explorer(controls, rows, draw, adjust)
+
+
+def _whole(name: str, value: int, low: int, high: int) -> Any:
+    """A narrow field for a whole number."""
+    layout = widgets.Layout(width="10em")
+    return widgets.BoundedIntText(value, min=low, max=high, description=name, layout=layout)
+
+
+def _png(figure: Figure) -> str:
+    """A figure as PNG in base64; without the layout engine, so that it is quick and the axes stay in place."""
+    figure.set_layout_engine("none")
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,337 @@
+"""Drawings of volumes: slices with outlines, and scan orders as paths through a grid of voxels.
+
+Volumes are arrays (D, H, W) in the orientation of `srlib.data.cases`: to the right, to the front, upwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from mpl_toolkits.mplot3d import Axes3D
+from mpl_toolkits.mplot3d.art3d import Line3DCollection
+from numpy.typing import ArrayLike
+
+from srlib.show.charts import BLUE, CLASS_COLOURS, GREEN, GREY, PURPLE, VERMILLION, subplots
+
+PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # plane -> the array axis that it cuts
+AXIS_LABELS = ("left to right, mm", "back to front, mm", "bottom to top, mm")
+DASHES: tuple[Any, Any] = ("-", (0, (3, 1.5)))  # the first and the second label map of a case
+
+
+class Tile(NamedTuple):
+    """A slice of a volume (D, H, W), with the labels (D, H, W) as outlines, or `filled`.
+
+    Without `at` it lies where the plane cuts most foreground, or in the middle.
+    """
+
+    title: str
+    image: ArrayLike
+    labels: ArrayLike | None = None
+    plane: str = "axial"
+    at: int | None = None
+    filled: bool = False
+
+
+class CaseView(NamedTuple):
+    """A case to look at.
+
+    Attributes:
+        image: (D, H, W).
+        labels: name, as `reference` -> label map (D, H, W); outlines of the first are solid, of the second dashed.
+        metrics: a row for each class as from `srlib.run.evaluate`, or `None`.
+    """
+
+    image: ArrayLike
+    labels: Mapping[str, ArrayLike]
+    metrics: pd.DataFrame | None = None
+
+
+def tiles(
+    items: Sequence[Tile], classes: Sequence[str], spacing: Sequence[float], columns: int
+) -> Figure:
+    """Slices side by side.
+
+    Args:
+        items: the slices, row by row.
+        classes: names of the labels 1, 2, ...
+        spacing: of the voxels, in mm.
+        columns: slices in a row; up to three are drawn with axes in mm.
+    """
+    ruled, rows = columns <= 3, -(-len(items) // columns)
+    extent = np.array(np.shape(items[0].image)) * spacing
+    sides = [np.delete(extent, PLANES[item.plane]) for item in items]
+    size = (7.3 / columns - 0.55 * ruled) * max(up / across for across, up in sides)
+    height = rows * (size + 0.25 + 0.65 * ruled) + 0.5
+    figure, axes = subplots(rows, columns, height=height, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, item in zip(axes.flat, items, strict=False):
+        cut = PLANES[item.plane]
+        labels = np.zeros(np.shape(item.image)) if item.labels is None else item.labels
+        at = fullest(labels)[cut] if item.at is None else item.at
+        _draw_image(axis, item.image, cut, at, spacing, full_window(item.image))
+        style = {"filled": True} if item.filled else {"linewidths": 1.5 if columns <= 4 else 1}
+        _draw_labels(axis, labels, cut, at, spacing, range(len(classes)), **style)
+        axis.set_title(item.title, parse_math=False)  # a case may be called $x$
+        axis.axison = ruled
+    figure.legend(handles=_key(classes), loc="outside upper center", ncols=len(classes))
+    return figure
+
+
+def case_view(
+    case: CaseView,
+    classes: Sequence[str],
+    spacing: Sequence[float],
+    plane: str = "axial",
+    at: int | None = None,
+    window: tuple[float, float] | None = None,
+    shown: Collection[str] | None = None,
+) -> Figure:
+    """One slice of a case with outlines of its label maps, its metrics beside it.
+
+    Args:
+        case: the case.
+        classes: names of the labels 1, 2, ...
+        spacing: of the voxels, in mm.
+        plane: one of `PLANES`.
+        at: index of the slice; `None` takes the one with most of the first label map.
+        window: width and level (its centre) of the intensities from black to white; `None` takes `full_window`.
+        shown: the classes and the label maps that are outlined, by name; `None` means all.
+    """
+    cut = PLANES[plane]
+    at = fullest(next(iter(case.labels.values())))[cut] if at is None else at
+    figure, axis = subplots(height=4.2)
+    axis.set_position((0.1, 0.16, 0.56, 0.76))  # the same for every slice
+    axis.locator_params(nbins=5)
+    _draw_image(axis, case.image, cut, at, spacing, window or full_window(case.image))
+    visible = set(classes) | set(case.labels) if shown is None else set(shown)
+    drawn = [k for k, name in enumerate(classes) if name in visible]
+    key = [handle for handle in _key(classes) if handle.get_label() in visible]
+    for (name, labels), dash in zip(case.labels.items(), DASHES, strict=False):
+        if name in visible:
+            _draw_labels(axis, labels, cut, at, spacing, drawn, linestyles=[dash])
+            key.append(Line2D([], [], color=GREY, linestyle=dash, label=name))
+    axis.set(title=f"{plane} slice {at} (0 to {np.shape(case.image)[cut] - 1})")
+    figure.legend(handles=key, loc="upper left", bbox_to_anchor=(0.68, 0.94))
+    lines = [
+        f"{row['class']}\n  Dice {row['dice']:.3f}\n  NSD {row['nsd']:.3f}\n  HD95 {row['hd95']:.1f} mm\n"
+        f"  {row['volume_pred_ml']:.4g} ml, reference {row['volume_ref_ml']:.4g} ml\n"
+        for row in ([] if case.metrics is None else case.metrics.to_dict("records"))
+    ]
+    figure.text(0.69, 0.14, "\n".join(lines), size=8, va="bottom", linespacing=1.4)
+    return figure
+
+
+def _key(classes: Sequence[str]) -> list[Line2D]:
+    """Legend entries of the classes."""
+    colours = itertools.cycle(CLASS_COLOURS)
+    return [Line2D([], [], color=next(colours), label=name) for name in classes]
+
+
+def _draw_image(
+    axis: Axes,
+    image: ArrayLike,
+    cut: int,
+    at: int,
+    spacing: Sequence[float],
+    window: tuple[float, float],
+) -> None:
+    """Slice `at` along the array axis `cut` as a grey picture in mm, black to white over the window (width, level)."""
+    values = np.take(np.asarray(image), at, axis=cut).T
+    across, up = (k for k in range(3) if k != cut)
+    extent = (0, values.shape[1] * spacing[across], 0, values.shape[0] * spacing[up])
+    low, high = window[1] - window[0] / 2, window[1] + window[0] / 2
+    axis.imshow(values, origin="lower", extent=extent, vmin=low, vmax=high)
+    axis.set(xlabel=AXIS_LABELS[across], ylabel=AXIS_LABELS[up], xlim=extent[:2], ylim=extent[2:])
+
+
+def _draw_labels(
+    axis: Axes,
+    labels: ArrayLike,
+    cut: int,
+    at: int,
+    spacing: Sequence[float],
+    classes: Collection[int],
+    filled: bool = False,
+    **style: Any,
+) -> None:
+    """The classes (label minus one) of that slice as outlines, or `filled`; options as in `Axes.contour`."""
+    framed = np.pad(np.take(np.asarray(labels), at, axis=cut).T, 1)  # closes outlines at the border
+    dx, dy = (spacing[k] for k in range(3) if k != cut)
+    x, y = (np.arange(framed.shape[1]) - 0.5) * dx, (np.arange(framed.shape[0]) - 0.5) * dy
+    draw = axis.contourf if filled else axis.contour
+    for k in classes:
+        if (framed == k + 1).any():
+            draw(x, y, framed == k + 1, [0.5, 1.5], colors=CLASS_COLOURS[k % 7], **style)
+
+
+def fullest(labels: ArrayLike) -> tuple[int, ...]:
+    """For each axis the slice that cuts most foreground, the middle one when there is none."""
+    inside = np.asarray(labels) > 0
+    if not inside.any():
+        return tuple(n // 2 for n in inside.shape)
+    return tuple(int(inside.sum(axis=tuple({0, 1, 2} - {k})).argmax()) for k in range(3))
+
+
+def full_window(image: ArrayLike) -> tuple[float, float]:
+    """Width and level (its centre) of the intensities between the 0.5 and 99.5 percentiles."""
+    low, high = np.percentile(np.asarray(image), (0.5, 99.5))
+    return float(high - low), float(high + low) / 2
+
+
+def gallery(
+    cases: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]],
+    classes: Sequence[str],
+    spacing: Sequence[float],
+) -> Figure:
+    """Cases as rows: image, reference, prediction, and the voxels in which the two differ.
+
+    Args:
+        cases: title -> (image, reference, prediction), each (D, H, W).
+        classes: names of the labels 1, 2, ...
+        spacing: of the voxels, in mm.
+    """
+    items = []
+    for title, (image, *both) in cases.items():
+        reference, prediction = (np.asarray(labels) for labels in both)
+        at = fullest(reference)[PLANES["axial"]]
+        differs = np.where(reference != prediction, len(classes) + 1, 0)
+        columns = {title: None, "reference": reference, "prediction": prediction}
+        items += [Tile(name, image, labels, at=at) for name, labels in columns.items()]
+        items.append(Tile("difference", image, differs, at=at, filled=True))
+    return tiles(items, [*classes, "reference and prediction differ"], spacing, columns=4)
+
+
+def surface_map(image: ArrayLike, distances: ArrayLike, spacing: Sequence[float]) -> Figure:
+    """A predicted surface in three planes through its worst voxel, coloured by its distance from the reference's.
+
+    The planes are cut to the surface and the image is dimmed: a surface voxel without an error is almost white. A
+    circle marks the worst voxel, and a histogram shows all distances.
+
+    Args:
+        image: (D, H, W).
+        distances: (D, H, W) in mm, NaN off the surface, as from `srlib.run.evaluate.surface_distances`.
+        spacing: of the voxels, in mm.
+    """
+    values = np.asarray(distances)
+    at = np.array(np.unravel_index(np.nanargmax(np.abs(values)), values.shape))
+    reach = max(
+        float(np.nanmax(np.abs(values))), min(spacing)
+    )  # a perfect surface has a scale, too
+    found = np.argwhere(~np.isnan(values))
+    low, high = (found.min(axis=0) - 2) * spacing, (found.max(axis=0) + 3) * spacing
+    width, level = full_window(image)
+    dim = 2.5 * width, level + 0.75 * width  # as dark at its lower end, grey at its upper one
+    colours: dict[str, Any] = {"cmap": "PuOr_r", "norm": Normalize(-reach, reach)}
+    figure, axes = subplots(2, 2, height=6.2)
+    for axis, (plane, cut) in zip(axes.flat, PLANES.items(), strict=False):
+        _draw_image(axis, image, cut, at[cut], spacing, dim)
+        box = (*axis.get_xlim(), *axis.get_ylim())
+        surface = np.take(values, at[cut], axis=cut).T
+        drawn = axis.imshow(surface, origin="lower", extent=box, **colours)
+        across, up = (k for k in range(3) if k != cut)
+        worst = (at[[across, up]] + 0.5) * np.take(spacing, [across, up])
+        axis.plot(*worst, "o", markersize=11, markerfacecolor="none", color=GREEN)
+        axis.set(xlim=(low[across], high[across]), ylim=(low[up], high[up]))
+        axis.set(title=f"{plane} slice {at[cut]}")
+        axis.locator_params(nbins=4)
+    shares = np.full(len(found), 100 / len(found))
+    axes[1, 1].hist(values[tuple(found.T)], 40, weights=shares, color=GREY)
+    axes[1, 1].set(xlabel="distance (mm)", ylabel="share of the surface's voxels (%)", yscale="log")
+    label = "mm, inside (-) or outside (+); circle: the worst voxel"
+    figure.colorbar(drawn, ax=axes, label=label, location="bottom", shrink=0.5)
+    return figure
+
+
+def scan_paths(shape: Sequence[int], orders: Mapping[str, ArrayLike]) -> Figure:
+    """Scan orders as paths through a small grid of voxels, from dark to light; jumps are dashed.
+
+    Args:
+        shape: (D, H, W) of the grid.
+        orders: name -> (L,) the tokens in the order visited, indices into the row-major grid.
+    """
+    options = {"subplot_kw": {"projection": "3d"}, "squeeze": False}
+    figure, axes = subplots(1, len(orders), height=3.4, **options)
+    for axis, (name, order) in zip(axes[0], orders.items(), strict=True):
+        points, lines = _draw_path(axis, shape, order)
+        axis.scatter(*points[0], color=VERMILLION, s=45, depthshade=False, label="first")
+        axis.scatter(*points[-1], color=BLUE, s=45, marker="s", depthshade=False, label="last")
+        axis.set(title=name)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    figure.colorbar(lines, ax=axes, label="step", shrink=0.6, location="bottom", aspect=40)
+    return figure
+
+
+def order_view(
+    shape: Sequence[int],
+    orders: Mapping[str, ArrayLike],
+    name: str,
+    position: int,
+    pair: Sequence[Sequence[int]],
+) -> Figure:
+    """One scan order as a path up to a position, and how far apart two voxels lie in every order.
+
+    Args:
+        shape: (D, H, W) of the grid.
+        orders: name -> (L,) the tokens in the order visited, indices into the row-major grid.
+        name: the order whose path is drawn.
+        position: the step up to which it is drawn, 0 to L - 1.
+        pair: the two voxels, (D, H, W) each.
+    """
+    figure = Figure(figsize=(7.5, 4))
+    axis, lanes = figure.add_subplot(1, 2, 1, projection="3d"), figure.add_subplot(1, 2, 2)
+    points, _ = _draw_path(axis, shape, orders[name], position)
+    marks = list(zip("AB", pair, (VERMILLION, BLUE), "os", strict=True))
+    for letter, voxel, colour, marker in marks:
+        axis.scatter(*voxel, color=colour, marker=marker, s=50, depthshade=False, label=letter)
+    now = {"color": PURPLE, "marker": "D", "label": f"step {position}"}
+    axis.scatter(*points[position], s=40, depthshade=False, **now)
+    axis.set(title=f"{name}, steps 0 to {position}")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=3)
+
+    for row, (label, order) in enumerate(orders.items()):
+        step = np.argsort(np.asarray(order)).reshape(tuple(shape))  # voxel -> when it is visited
+        ends = [int(step[tuple(voxel)]) for voxel in pair]
+        lanes.hlines(row, 0, step.size - 1, color="#BBBBBB", linewidth=1)
+        lanes.hlines(row, min(ends), max(ends), color="black", linewidth=2.5)
+        for end, (_, _, colour, marker) in zip(ends, marks, strict=True):
+            lanes.plot(end, row, color=colour, marker=marker, markersize=7)
+        if label == name:
+            lanes.plot(position, row, color=PURPLE, marker="D", markersize=6)
+        far = f"{label}: {abs(ends[0] - ends[1])} apart"
+        lanes.text(0, row - 0.2, far, size=9, weight="bold" if label == name else "normal")
+    lanes.set(yticks=[], ylim=(len(orders) - 0.6, -0.6), xlabel="step of the sequence")
+    lanes.set(
+        title=f"A and B: {sum(abs(a - b) for a, b in zip(*pair, strict=True))} apart in the volume"
+    )
+    lanes.spines["left"].set_visible(False)
+    return figure
+
+
+def _draw_path(
+    axis: Axes3D, shape: Sequence[int], order: ArrayLike, last: int | None = None
+) -> tuple[np.ndarray, Line3DCollection]:
+    """The path of a scan order up to step `last`; its voxels (L, 3) and what a colour bar needs."""
+    points = np.stack(np.unravel_index(np.asarray(order), tuple(shape)), axis=1)  # (L, 3)
+    steps = np.stack([points[:-1], points[1:]], axis=1)[:last]  # (L - 1, 2, 3)
+    jumps = np.abs(steps[:, 1] - steps[:, 0]).sum(axis=1) > 1
+    for far, dash, width in ((False, "-", 2.2), (True, (0, (2, 2)), 0.8)):
+        lines = Line3DCollection(steps[jumps == far], linewidths=width, linestyles=dash)
+        lines.set(array=np.flatnonzero(jumps == far), clim=(0, len(points) - 1), cmap="viridis")
+        axis.add_collection(lines)
+    axis.scatter(*points.T, color="#BBBBBB", s=8, depthshade=False)
+    axis.set(xlabel="D", ylabel="H", zlabel="W")
+    axis.set(xticks=range(shape[0]), yticks=range(shape[1]), zticks=range(shape[2]))
+    axis.set_box_aspect(tuple(shape), zoom=1.15)
+    for ruler in (axis.xaxis, axis.yaxis, axis.zaxis):
+        ruler.set_tick_params(pad=-3)
+        ruler.labelpad = -7
+    return points, lines

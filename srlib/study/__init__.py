@@ -1,0 +1,1 @@
+"""Comparisons: grids of runs, their statistics, the claims, and what networks cost."""

@@ -1,0 +1,589 @@
+"""Comparisons: lists of runs, computed where they are missing by any executor, kept as they finish.
+
+A *system* is a network by what is special about it, a *grid* a list of runs in the order of their importance. Finished
+runs are rows of two files of the repository, `results/reference/<dataset>/runs.csv`, their metrics per case and class,
+and `runs.jsonl`, what each was and what it was computed with. Notebooks read these and train nothing.
+
+Two budgets are never mixed. At *equal steps* each system takes the same number of optimizer steps. At *equal time*
+a system takes as many as fit into given minutes on two cores of a CPU, by the seconds a step that
+`results/reference/cpu/systems.csv` holds. Steps are the budget in both, so a run may be computed on any device.
+(`python -m srlib bench step systems` measures these seconds here; to store them would plan all such runs anew.)
+
+Runs are computed by a `concurrent.futures.Executor`, three of them by name:
+
+| name | where the runs are computed | needs |
+|---|---|---|
+| `process` | processes of this machine, which share its GPUs in turn | - |
+| `dask` | workers of Dask distributed, here or at a scheduler's address | the extra `dask` |
+| `slurm` | jobs of a SLURM cluster, through submitit | the extra `slurm` |
+
+With `dask`, a run whose worker dies is computed by another one; a job of `slurm` that runs out of time is queued again;
+either goes on from the last checkpoint where both see one results folder. When a process of `process` dies, as one
+that is killed for its memory, Python gives up the whole pool: finished runs are kept, and the same command started
+again computes the others.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import nan
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from srlib import files as paths
+from srlib import machine, tables
+from srlib.data import cue
+from srlib.net.peers import SMALL
+from srlib.run.evaluate import evaluate
+from srlib.run.runs import RunConfig, config_for, run_dir
+from srlib.run.train import build_model, train
+
+DATASET = "hippocampus"
+SEEDS = (0, 1, 2)
+FOLDS = (0, 1, 2, 3, 4)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # the search that every system is given
+RATE_FOLD = 1  # its held-out cases, which fold 0 trains on, decide
+RATE_STEPS = 600
+MINUTES = 12.0  # of one training, on two CPU cores
+LONG_MINUTES = 60.0
+CUE_RATE = 2e-3
+CUE_STEPS = 800
+CURVE_MINUTES = (1.5, 3.0, 6.0)  # Dice against minutes; MINUTES are its last point
+
+
+@dataclass(frozen=True)
+class System:
+    """A network of the comparisons.
+
+    Attributes:
+        title: as tables and figures call it.
+        settings: the fields of `RunConfig` that make it.
+    """
+
+    title: str
+    settings: dict[str, Any]
+
+
+SYSTEMS: dict[str, System] = {
+    "segresmamba": System("SegResMamba", {}),
+    "none": System("no ToM", {"tom": "none"}),
+    "conv": System("convolution for ToM", {"tom": "conv"}),
+    "inner": System("inner ToM only", {"tom": "inner"}),
+    "outer": System("outer ToM only", {"tom": "outer"}),
+    "forward": System("one scan order", {"scan_orders": ("forward",)}),
+    "forward_reverse": System("two scan orders", {"scan_orders": ("forward", "reverse")}),
+    "slices4": System("4 slices", {"nslices": 4}),
+    "residual": System("ToM adds its input", {"tom_residual": True}),
+    "no_recurrence": System("no recurrence", {"recurrence": False}),
+    "no_extra_conv": System("no extra convolution", {"extra_conv": False}),
+    "segmamba_block": System("SegMamba's block", {"block": "segmamba"}),
+    **{name: System(peer.title, {"model": name}) for name, peer in SMALL.items()},
+}
+TOM = ("segresmamba", "none", "conv")
+CUE_SYSTEMS = (*TOM, "no_recurrence")
+ABLATIONS = tuple(name for name in SYSTEMS if name not in (*TOM, *SMALL))
+
+
+class Planned(NamedTuple):
+    """A run of a grid, and the minutes that are its budget; NaN at equal steps."""
+
+    config: RunConfig
+    minutes: float
+
+
+def _rates() -> Iterator[Planned]:
+    """The learning-rate search, as many steps for each system."""
+    for system in (*TOM, *SMALL):
+        for rate in RATES:
+            config = config_of(system, fold=RATE_FOLD, steps=RATE_STEPS, learning_rate=rate)
+            yield Planned(config, nan)
+
+
+def _tom() -> Iterator[Planned]:
+    """ToM, nothing or a convolution: three seeds on fold 0, then the other folds."""
+    for seed in SEEDS:
+        yield from (at_equal_steps(system, seed=seed) for system in TOM)
+    for fold in FOLDS[1:]:
+        yield from (at_equal_steps(system, fold=fold) for system in TOM)
+
+
+def _peers() -> Iterator[Planned]:
+    for seed in SEEDS:
+        yield from (at_equal_steps(system, seed=seed) for system in ("segresmamba", *SMALL))
+
+
+def _peers_in_time() -> Iterator[Planned]:
+    for seed in SEEDS:
+        yield from (in_minutes(system, MINUTES, seed=seed) for system in (*TOM, *SMALL))
+
+
+def _curve() -> Iterator[Planned]:
+    for minutes in CURVE_MINUTES:
+        yield from (in_minutes(system, minutes) for system in (*TOM, *SMALL))
+
+
+def _ablations() -> Iterator[Planned]:
+    for seed in SEEDS:
+        yield from (at_equal_steps(system, seed=seed) for system in ABLATIONS)
+
+
+def _cue() -> Iterator[Planned]:
+    """The diagnostic task: whole volumes as they are, one learning rate for all."""
+    for seed in SEEDS:
+        for dataset, recipe in cue.RECIPES.items():
+            for system in CUE_SYSTEMS:
+                settings = {"steps": CUE_STEPS, "learning_rate": CUE_RATE, "augment": False}
+                config = config_of(system, dataset, seed=seed, patch_size=recipe.shape, **settings)
+                yield Planned(config, nan)
+
+
+def _long() -> Iterator[Planned]:
+    yield in_minutes("segresmamba", LONG_MINUTES)
+
+
+GRIDS: dict[str, Callable[[], Iterator[Planned]]] = {
+    "rates": _rates,
+    "tom": _tom,
+    "peers": _peers,
+    "peers-time": _peers_in_time,
+    "ablations": _ablations,
+    "cue": _cue,
+    "long": _long,
+    "curve": _curve,
+}
+
+
+def planned(name: str) -> list[Planned]:
+    """The runs of a grid with their budgets, what matters most first.
+
+    Raises:
+        ValueError: an unknown name, answered with the known ones.
+        FileNotFoundError: a table that decides steps or learning rates is not there.
+    """
+    if name not in GRIDS:
+        raise ValueError(f"grid {name!r} is not one of {', '.join(GRIDS)}")
+    return list(GRIDS[name]())
+
+
+def configs(name: str) -> tuple[RunConfig, ...]:
+    """The runs of a grid, what matters most first."""
+    return tuple(run.config for run in planned(name))
+
+
+def at_equal_steps(system: str, fold: int = 0, seed: int = 0) -> Planned:
+    """A run of as many steps as SegResMamba takes in `MINUTES`, whatever the system."""
+    return Planned(_tuned(system, fold, seed, steps_in("segresmamba", MINUTES)), nan)
+
+
+def in_minutes(system: str, minutes: float, seed: int = 0) -> Planned:
+    """A run on fold 0 of as many steps as the system takes in these minutes."""
+    return Planned(_tuned(system, 0, seed, steps_in(system, minutes)), minutes)
+
+
+def _tuned(system: str, fold: int, seed: int, steps: int) -> RunConfig:
+    """With the learning rate that the search chose; ablations take SegResMamba's."""
+    rate = learning_rates()["segresmamba" if system in ABLATIONS else system]
+    return config_of(system, fold=fold, seed=seed, steps=steps, learning_rate=rate)
+
+
+def config_of(system: str, dataset: str = DATASET, **settings: Any) -> RunConfig:
+    """The default profile's run of a system, which it names."""
+    return config_for("default", dataset, system=system, **SYSTEMS[system].settings, **settings)
+
+
+def steps_in(system: str, minutes: float) -> int:
+    """How many steps of a system fit into these minutes on the CPU that `systems.csv` was measured on."""
+    return round(60 * minutes / systems()["step_seconds"][system])
+
+
+def systems() -> pd.DataFrame:
+    """Parameters, MACs and measured seconds a step of each system, by its key."""
+    return tables.read(paths.REFERENCE / "cpu" / "systems.csv").set_index("system")
+
+
+def learning_rates() -> dict[str, float]:
+    """The rate of each system with the highest mean Dice in the search.
+
+    Raises:
+        FileNotFoundError: the search is not complete.
+    """
+    plan = list(_rates())
+    if missing := [run for run in plan if not is_done(run.config)]:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(plan)} runs of the learning-rate search are missing:"
+            " python -m srlib grid rates"
+        )
+    return _best_rates(tuple(plan), paths.REFERENCE)
+
+
+@cache
+def _best_rates(plan: tuple[Planned, ...], folder: Path) -> dict[str, float]:
+    """Of a search that is complete in that folder, and so does not change."""
+    found = _cases(list(plan)).groupby(["system", "learning_rate"])["dice"].mean().unstack()
+    return {str(system): float(rate) for system, rate in found.idxmax(axis=1).items()}
+
+
+# --- What is kept of a run -----------------------------------------------------------------------
+
+
+def run_name(config: RunConfig) -> str:
+    """The name of a run in the files, such as `segresmamba-fold0-seed1-1800-steps-2e-03`."""
+    rate = f"{config.learning_rate:.0e}"
+    return f"{config.system}-fold{config.fold}-seed{config.seed}-{config.steps}-steps-{rate}"
+
+
+class Kept(NamedTuple):
+    """What the repository holds of a data set's runs, each by the run's name."""
+
+    records: dict[str, dict[str, Any]]
+    tables: dict[str, pd.DataFrame]
+
+
+def kept(dataset: str) -> Kept:
+    """The finished runs of a data set; its files are read again only when they have changed."""
+    files = [paths.REFERENCE / dataset / name for name in ("runs.jsonl", "runs.csv")]
+    if not all(file.is_file() for file in files):
+        return Kept({}, {})
+    stats = [file.stat() for file in files]
+    return _read(*files, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
+
+
+RECORDS = "the records of finished runs"
+
+
+@lru_cache(maxsize=32)
+def _read(records: Path, scores: Path, _state: tuple) -> Kept:
+    """What two files hold in this state; the records first, since they are written last."""
+    lines = paths.read_json_lines(records, RECORDS, run=str)
+    cases = tables.read_scores(scores)
+    by_run = {str(name): rows for name, rows in cases.groupby("run", sort=False)}
+    return Kept({line["run"]: line for line in lines}, by_run)
+
+
+def keep(config: RunConfig, table: str, record: Mapping[str, Any]) -> None:
+    """Add a finished run to its data set's files.
+
+    Both files are whole at any time; the record, which says that the run is done, is written last. Other processes
+    that keep a run meanwhile wait.
+
+    Args:
+        config: the run.
+        table: its metrics as CSV, as `srlib.run.evaluate` writes them.
+        record: what it was computed with.
+
+    Raises:
+        ValueError: the table has other columns than those that are there.
+    """
+    folder, name = paths.REFERENCE / config.dataset, run_name(config)
+    header, *rows = table.splitlines()
+    with paths.locked(folder):
+        paths.remove_temporaries(folder)
+        file = folder / "runs.csv"
+        top, *others = file.read_text().splitlines() if file.is_file() else [f"run,{header}"]
+        if top != f"run,{header}":
+            raise ValueError(f"{file} has the columns {top}, the run {name} has {header}")
+        others = [line for line in others if not line.startswith(f"{name},")]  # of a killed process
+        _write(file, [top, *others, *(f"{name},{row}" for row in rows)])
+        file = folder / "runs.jsonl"
+        records = paths.read_json_lines(file, RECORDS, run=str) if file.is_file() else []
+        records = [kept for kept in records if kept["run"] != name] + [{**record, "run": name}]
+        _write(file, [json.dumps(kept, sort_keys=True) for kept in records])
+
+
+def _write(file: Path, lines: Sequence[str]) -> None:
+    with paths.atomic_path(file) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+
+
+def is_done(config: RunConfig) -> bool:
+    """Whether the repository holds the run."""
+    return run_name(config) in kept(config.dataset).records
+
+
+def runs(name: str) -> pd.DataFrame:
+    """One row for each finished run of a grid.
+
+    Columns: `run`, `system`, `title`, `dataset`, `fold`, `seed`, `steps`, `minutes` (NaN at equal steps),
+    `learning_rate`, `device`, `seconds` (of the training there), `commit`.
+    """
+    rows = []
+    for config, minutes in planned(name):
+        if not is_done(config):
+            continue
+        record = kept(config.dataset).records[run_name(config)]
+        made_with = {key: record[key] for key in ("device_name", "training_seconds", "commit")}
+        rows.append(_key(config, minutes) | made_with)
+    table = pd.DataFrame(rows, columns=[*KEY, "device_name", "training_seconds", "commit"])
+    return table.rename(columns={"device_name": "device", "training_seconds": "seconds"})
+
+
+def cases(name: str) -> pd.DataFrame:
+    """One row for each finished run of a grid, case and class: a run's key and `evaluate`'s columns."""
+    return _cases(planned(name))
+
+
+def _cases(plan: list[Planned]) -> pd.DataFrame:
+    tables = [
+        kept(config.dataset).tables[run_name(config)].assign(**_key(config, minutes))
+        for config, minutes in plan
+        if is_done(config)
+    ]
+    named = pd.concat([pd.DataFrame(columns=[*KEY, *COLUMNS]), *tables], ignore_index=True)
+    return named.infer_objects()  # numbers are numbers, although the first table has no types
+
+
+KEY = (
+    *("run", "system", "title", "dataset", "fold", "seed"),
+    *("steps", "minutes", "learning_rate"),
+)
+COLUMNS = ("case", "class", "dice", "nsd", "hd95", "sensitivity", "volume_ref_ml", "volume_pred_ml")
+
+
+def _key(config: RunConfig, minutes: float) -> dict[str, Any]:
+    values = (run_name(config), config.system, SYSTEMS[config.system].title)
+    values += (config.dataset, config.fold)  # type: ignore[assignment]
+    values += (config.seed, config.steps, minutes, config.learning_rate)  # type: ignore[assignment]
+    return dict(zip(KEY, values, strict=True))
+
+
+# --- Computing ------------------------------------------------------------------------------------
+
+
+class RunsFailed(RuntimeError):
+    """Some runs of a grid could not be computed; the others are kept."""
+
+
+def compute(names: Sequence[str], executor: Executor) -> None:
+    """Train and score the missing runs of grids, in order; each one's table is written as it ends.
+
+    A run that fails does not stop the others, unless its process dies and takes the pool along.
+    What is interrupted computes nothing more that was queued. Finished runs are kept: start it again.
+
+    Args:
+        names: of grids.
+        executor: computes the runs; what they leave comes back through it, so it may be on other machines.
+
+    Raises:
+        RunsFailed: at the end, names the runs that failed and what the first one said.
+    """
+    wanted = dict.fromkeys(config for name in names for config in configs(name))
+    missing = [config for config in wanted if not is_done(config)]
+    futures = {executor.submit(compute_run, config): config for config in missing}
+    failed: dict[str, BaseException] = {}
+    bar = tqdm(desc=f"grid {' '.join(names)}", total=len(futures))
+    try:
+        for future in _as_they_end(futures):
+            bar.update()
+            config = futures[future]
+            if error := future.exception():
+                failed[f"{config.dataset} {run_name(config)}"] = error
+            else:
+                keep(config, *future.result())
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    finally:
+        bar.close()
+    if failed:
+        first = next(iter(failed.values()))
+        said = f"{type(first).__name__}: {first}"
+        raise RunsFailed(f"failed: {', '.join(failed)}; the first one said: {said}") from first
+
+
+def _as_they_end(futures: Iterable[Future]) -> Iterator[Future]:
+    """Yield futures as they end.
+
+    Raises:
+        TimeoutError: none did for `paths.LONGEST_WAIT` seconds: a queue without workers, or one that hangs.
+    """
+    pending = set(futures)
+    while pending:
+        ended, pending = wait(pending, paths.LONGEST_WAIT, FIRST_COMPLETED)
+        if not ended:
+            raise TimeoutError(
+                f"no run ended for {paths.LONGEST_WAIT / 3600:g} h; are there workers?"
+            )
+        yield from ended
+
+
+def compute_run(config: RunConfig) -> tuple[str, dict[str, Any]]:
+    """Train and score one run; returns its table (CSV) and its record."""
+    train(config, progress=False)
+    evaluate(config, progress=False)
+    record = paths.read_json(run_dir(config) / "run.json", "the record of a run", run=str)
+    record |= {"id": record.pop("run"), "recipe": paths.RECIPE}
+    record |= {"device_name": machine.device_name(), "commit": machine.commit()[0]}
+    return (run_dir(config) / "metrics.csv").read_text(), record
+
+
+# --- For the notebooks ----------------------------------------------------------------------------
+
+
+def committed(*names: str) -> pd.DataFrame:
+    """The finished runs of some grids of one budget: the columns of `cases`, and `device`.
+
+    A run that two grids hold comes once. For each grid a line says how much of it is there; where that is nothing,
+    there are no rows.
+    """
+    tables = []
+    for name in names:
+        try:
+            found, done = cases(name), runs(name)
+        except FileNotFoundError:  # what decides its steps or learning rates is not there yet
+            print(f"grid {name}: the repository holds nothing of it yet")
+            continue
+        print(f"grid {name}: the repository holds {len(done)} of {len(planned(name))} runs")
+        if len(found):
+            tables.append(found.merge(done[["dataset", "run", "device"]]))
+    if not tables:
+        return pd.DataFrame(columns=[*KEY, *COLUMNS, "device"])
+    return pd.concat(tables, ignore_index=True).drop_duplicates(
+        ["dataset", "run", "minutes", "case", "class"]
+    )
+
+
+def made_with(cases: pd.DataFrame) -> str:
+    """Cases, folds, seeds, steps and devices of a table of `committed`, for the stamp of a figure."""
+    steps = f"{cases['steps'].iloc[0]:,} steps"
+    if cases["steps"].nunique() > 1:
+        steps = f"the steps of {_span(cases['minutes'])} minutes"
+    where = f"{'/'.join(cases['dataset'].unique())}, {cases['case'].nunique()} cases"
+    seeds = f"fold {_span(cases['fold'])}, seed {_span(cases['seed'])}"
+    return " | ".join((where, seeds, steps, "/".join(cases["device"].unique())))
+
+
+def _span(values: pd.Series) -> str:
+    low, high = values.min(), values.max()
+    return f"{low:g}" if low == high else f"{low:g}-{high:g}"
+
+
+def cost(system: str) -> dict[str, float]:
+    """Parameters of a system, and GMACs of one forward pass of one patch of the default profile."""
+    config = config_of(system)
+    network = build_model(config)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 1, *config.patch_size))
+    parameters = sum(p.numel() for p in network.parameters())
+    return {"parameters": parameters, "gmacs": counter.get_total_flops() / 2e9}
+
+
+# --- Executors ------------------------------------------------------------------------------------
+
+
+def executor(
+    name: str, workers: int, scheduler: str | None = None, job: Mapping[str, str] | None = None
+) -> AbstractContextManager[Executor]:
+    """An executor by its name, to be used in a `with` statement.
+
+    Args:
+        name: `process`, `dask` or `slurm`.
+        workers: runs computed at a time; those of a Dask scheduler are its own.
+        scheduler: address of a Dask scheduler; `None` starts workers on this machine.
+        job: what a SLURM job asks for, in submitit's names, such as `slurm_partition`, `gpus_per_node`, `timeout_min`.
+
+    Raises:
+        ValueError: an unknown name, or a parameter that submitit does not know.
+        ImportError: the extra that it needs is not installed.
+        OSError: there is no scheduler at that address.
+    """
+    if name == "process":
+        return process_pool(workers)
+    if name == "dask":
+        return dask(workers, scheduler)
+    if name == "slurm":
+        return jobs(workers, job or {})
+    raise ValueError(f"executor {name!r} is not one of process, dask, slurm")
+
+
+def process_pool(workers: int) -> Executor:
+    """Processes of this machine; where there are CUDA devices, each worker takes the next one in turn."""
+    spawn = multiprocessing.get_context("spawn")
+    numbers = spawn.SimpleQueue()
+    for number in range(workers):
+        numbers.put(number)
+    return ProcessPoolExecutor(workers, spawn, _take_device, (numbers,))
+
+
+def _take_device(numbers: SimpleQueue) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C ends it; its run resumes from its checkpoint
+    if torch.cuda.is_available() and "SRLIB_DEVICE" not in os.environ:
+        os.environ["SRLIB_DEVICE"] = f"cuda:{numbers.get() % torch.cuda.device_count()}"
+
+
+@contextmanager
+def dask(workers: int, scheduler: str | None = None) -> Iterator[Executor]:
+    """Workers of Dask distributed; those that are started here have as many threads as this process."""
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ImportError('the executor "dask" needs: pip install "srlib[dask]"') from error
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))
+    here = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    before = dict(os.environ)
+    try:
+        with Client(scheduler) if scheduler else Client(**here, env=threads) as client:
+            yield client.get_executor(pure=False)
+    finally:  # Dask sets OMP_NUM_THREADS=1 and others here too, to hand them down, and leaves them
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class _Jobs(ThreadPoolExecutor):
+    """A cluster's jobs: each thread submits one and waits for its result."""
+
+    def __init__(self, workers: int, cluster: Any) -> None:
+        super().__init__(workers)
+        self.cluster = cluster
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        """Submit a job once a thread is free; one that runs out of time is queued again, and its run resumes."""
+        from submitit.helpers import FunctionSequence
+
+        call = FunctionSequence()
+        call.add(function, *args, **kwargs)
+        return super().submit(lambda: self.cluster.submit(call).result()[0])
+
+
+def jobs(workers: int, parameters: Mapping[str, str], cluster: str = "slurm") -> Executor:
+    """Jobs of a cluster that submitit knows; their logs are in `results/jobs`."""
+    try:
+        from submitit import AutoExecutor
+    except ImportError as error:
+        raise ImportError('the executor "slurm" needs: pip install "srlib[slurm]"') from error
+    if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
+        raise FileNotFoundError(
+            "--executor slurm: sbatch and srun are not here; expected a machine that submits jobs,"
+            " or --executor process"
+        )
+    made = AutoExecutor(paths.results_root() / "jobs", cluster)
+    numbers = {k: int(v) if v.isdecimal() else v for k, v in parameters.items()}
+    try:
+        made.update_parameters(name="srlib", **numbers)
+    except (AssertionError, NameError, TypeError) as error:  # submitit's words for a wrong name
+        raise ValueError(f"a parameter of the job is wrong: {error}") from error
+    return _Jobs(workers, made)
