@@ -35,7 +35,7 @@ from srlib.files import REFERENCE
 from srlib.net.costs import process_memory
 from srlib.net.model import FEATURES, SegResMamba
 from srlib.net.tom import TriOrientedMamba
-from srlib.scan import backends, choice, cpu, selective_scan, token_order
+from srlib.scan import backends, cpu, operator, selective_scan, token_order
 
 Shape = tuple[int, int, int, int]  # B, D, L, N
 Step = Callable[[], Any]
@@ -264,7 +264,7 @@ _METHODS = {"mambapy": _mambapy, "associative_scan": _associative_scan}  # the s
 
 def _scanning(method: str) -> AbstractContextManager:
     """Composed ToM layers scan on the CPU by its kernels ("permuted copies") or by torch ("plain torch")."""
-    return patch.dict(choice.PREFERRED, {"cpu": ("chunked",)} if method == "plain torch" else {})
+    return patch.dict(operator.PREFERRED, {"cpu": ("chunked",)} if method == "plain torch" else {})
 
 
 def _layer(tokens: tuple[int, ...], method: str) -> list[tuple[str, float, str]]:

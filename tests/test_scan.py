@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scan_inputs import NAMES, random_inputs, relative_error
 
-from srlib.scan import ORDERS, backends, choice, mamba_ssm, operator, selective_scan, token_order
+from srlib.scan import ORDERS, backends, mamba_ssm, operator, selective_scan, token_order
 from srlib.scan.inputs import Options, ScanInputs
 
 ORACLE = np.load(Path(__file__).parent / "oracles" / "selective_scan.npz")
@@ -205,20 +205,20 @@ def test_what_does_not_fit_is_named(change, message):
 def test_the_operators_themselves_take_nothing_that_does_not_fit(backend):
     inputs = {name: t.detach() for name, t in random_inputs(1, 4, 9, 2).items()}
     options = (True, "forward", 1, backend)
-    y, states = operator.scan(*inputs.values(), *options, True)
+    y, states = torch.ops.srlib.selective_scan(*inputs.values(), *options, True)
     for name in inputs:
         short = {**inputs, name: inputs[name][..., :-1]}
         with pytest.raises(ValueError, match="expected shape"):
-            operator.scan(*short.values(), *options, True)
+            torch.ops.srlib.selective_scan(*short.values(), *options, True)
         with pytest.raises(ValueError, match="expected"):
-            operator.scan_backward(y, states, *short.values(), *options)
+            torch.ops.srlib.selective_scan_backward(y, states, *short.values(), *options)
     for grad, kept, name in (
         *((y[..., :-1], states, "grad"), (y.double(), states, "grad")),
         *((y, states[:, :-1], "states"), (y, states.double(), "states"), (y, states[:0], "states")),
         (y, torch.stack([states, states], -1)[..., 0], "states"),
     ):
         with pytest.raises(ValueError, match=f"{name}: expected"):
-            operator.scan_backward(grad, kept, *inputs.values(), *options)
+            torch.ops.srlib.selective_scan_backward(grad, kept, *inputs.values(), *options)
 
 
 @pytest.mark.parametrize("backend", BY_HAND)
@@ -241,27 +241,27 @@ def test_what_is_beyond_float16_becomes_infinite_and_float32_parameters_keep_it(
 
 def test_a_back_end_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setattr(mamba_ssm, "unavailable", lambda: "no such kernel here")
-    choice.backends.cache_clear()
+    operator.backends.cache_clear()
     try:
-        assert choice.backends()["mamba_ssm"] == (False, "no such kernel here")
+        assert operator.backends()["mamba_ssm"] == (False, "no such kernel here")
         with pytest.raises(RuntimeError, match="'mamba_ssm' cannot run here: no such kernel here"):
             selective_scan(**random_inputs(1, 4, 9, 2), backend="mamba_ssm")
     finally:
-        choice.backends.cache_clear()
+        operator.backends.cache_clear()
 
 
 def test_a_back_end_for_another_device_says_so(monkeypatch):
     monkeypatch.setattr(mamba_ssm, "unavailable", lambda: "")
-    choice.backends.cache_clear()
+    operator.backends.cache_clear()
     try:
         with pytest.raises(ValueError, match="mamba_ssm needs CUDA tensors, got cpu"):
             selective_scan(**random_inputs(1, 4, 9, 2), backend="mamba_ssm")
     finally:
-        choice.backends.cache_clear()
+        operator.backends.cache_clear()
 
 
 def test_the_automatic_choice_is_logged_once(caplog):
-    choice._automatic.cache_clear()
+    operator._automatic.cache_clear()
     inputs = random_inputs(1, 4, 9, 2)
     with caplog.at_level(logging.INFO, logger="srlib.scan"):
         selective_scan(**inputs)

@@ -19,7 +19,7 @@ if not backends()["cpu"].available:
 import numba
 from numba import njit
 
-from srlib.scan import kernels, simd
+from srlib.scan import kernels
 
 NAMES = ("x", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")
 
@@ -111,18 +111,18 @@ def test_other_arguments_that_do_not_fit_are_named(change, message):
 def test_the_fused_operators_themselves_take_nothing_that_does_not_fit():
     inputs = {name: t.detach() for name, t in random_mixer(2, 9, 5, 2, 3).items()}
     options = ("reverse", 1)
-    y, states = mixer.fused_mixer(*inputs.values(), *options, True)
+    y, states = torch.ops.srlib.fused_mixer(*inputs.values(), *options, True)
     wide, many = {**inputs, "x": inputs["x"].double()}, {**inputs, "conv_weight": torch.ones(5, 5)}
     short = {**inputs, "dt_bias": inputs["dt_bias"][:2]}
     doubles = {name: t.double() for name, t in inputs.items()}
     for bad in (wide, many, short, doubles):
         with pytest.raises(ValueError, match="expected"):
-            mixer.fused_mixer(*bad.values(), *options, True)
+            torch.ops.srlib.fused_mixer(*bad.values(), *options, True)
         with pytest.raises(ValueError, match="expected"):
-            mixer.fused_mixer_backward(y, states, *bad.values(), *options)
+            torch.ops.srlib.fused_mixer_backward(y, states, *bad.values(), *options)
     for grad, kept, name in ((y[:1], states, "grad"), (y, states[:, 1:], "states")):
         with pytest.raises(ValueError, match=f"{name}: expected"):
-            mixer.fused_mixer_backward(grad, kept, *inputs.values(), *options)
+            torch.ops.srlib.fused_mixer_backward(grad, kept, *inputs.values(), *options)
 
 
 def test_more_taps_than_the_kernels_have_take_the_composition():
@@ -157,10 +157,10 @@ def test_the_tensor_decides_on_the_kernel_of_the_convolution(monkeypatch):
 def test_the_fused_mixer_keeps_torchs_contract():
     inputs = tuple(random_mixer(batch=1, length=70, width=5, rank=1, states=2).values())
     options = ("inter_slice", 4)
-    torch.library.opcheck(mixer.fused_mixer, (*inputs, *options, True))
-    y, states = mixer.fused_mixer(*inputs, *options, True)
+    torch.library.opcheck(torch.ops.srlib.fused_mixer, (*inputs, *options, True))
+    y, states = torch.ops.srlib.fused_mixer(*inputs, *options, True)
     arguments = (torch.randn_like(y), states, *(t.detach() for t in inputs), *options)
-    torch.library.opcheck(mixer.fused_mixer_backward, arguments)
+    torch.library.opcheck(torch.ops.srlib.fused_mixer_backward, arguments)
 
 
 def test_the_fused_mixer_keeps_its_input_and_states_only():
@@ -191,7 +191,7 @@ def _apply(function, values: np.ndarray) -> np.ndarray:
     @njit
     def run(tile, out):
         for row in range(len(tile)):
-            simd.store(out, row, function(simd.load(tile, row)))
+            kernels.store(out, row, function(kernels.load(tile, row)))
 
     tile = np.zeros((math.ceil(len(values) / 16), 16), np.float32)
     tile.flat[: len(values)] = values
@@ -203,9 +203,9 @@ def _apply(function, values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("function", "exact"),
     [
-        (simd.exp2, np.exp2),
-        (simd.sigmoid, lambda x: 1 / (1 + np.exp(-x))),
-        (simd.softplus, lambda x: np.logaddexp(x, 0)),
+        (kernels.exp2, np.exp2),
+        (kernels.sigmoid, lambda x: 1 / (1 + np.exp(-x))),
+        (kernels.softplus, lambda x: np.logaddexp(x, 0)),
     ],
 )
 def test_vector_functions_are_exact_to_float32(function, exact):
@@ -217,13 +217,13 @@ def test_vector_functions_are_exact_to_float32(function, exact):
 
 def test_exp2_ends_in_zero_and_infinity():
     x = np.array([-np.inf, -1e30, -127, 128, 1e30, np.inf, 0, 1], np.float32)
-    assert _apply(simd.exp2, x).tolist() == [0, 0, 0, np.inf, np.inf, np.inf, 1, 2]
+    assert _apply(kernels.exp2, x).tolist() == [0, 0, 0, np.inf, np.inf, np.inf, 1, 2]
 
 
 def test_dots_are_dot_products_of_rows():
     @njit
     def run(a, b, out):
-        simd.store(out, 0, simd.dots(a, 0, b, 2))
+        kernels.store(out, 0, kernels.dots(a, 0, b, 2))
 
     generator = np.random.default_rng(0)
     a, b = generator.random((2, 20, 16), np.float32)
@@ -237,11 +237,11 @@ def test_bounds_of_vectors_are_checked_when_asked_for(monkeypatch):
 
     @njit
     def copy_row(tile, row):
-        simd.store(tile, row, simd.load(tile, 0))
+        kernels.store(tile, row, kernels.load(tile, 0))
 
     @njit
     def copy_lanes(array, row, channel):
-        simd.store(array, (row, channel), simd.load(array, (0, 0)))
+        kernels.store(array, (row, channel), kernels.load(array, (0, 0)))
 
     tile, array = np.zeros((4, 16), np.float32), np.zeros((4, 40), np.float32)
     copy_row(tile, 3)
@@ -270,19 +270,3 @@ def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
     values = np.ones(3, np.float32)
     kernels._Kernel(double, kernels.void(kernels.float32[:])).compiled(values)
     assert values.tolist() == [2, 2, 2]
-
-
-def test_an_edited_vocabulary_makes_a_new_cache(monkeypatch, tmp_path):
-    names = []
-    for text in ("one", "two"):
-        vocabulary = tmp_path / "simd.py"
-        vocabulary.write_text(text)
-        monkeypatch.setattr(simd, "__file__", str(vocabulary))
-
-        def nothing(values):
-            values[0] = 0
-
-        kernel = kernels._Kernel(nothing, kernels.void(kernels.float32[:]))
-        kernel.compiled(np.ones(1, np.float32))
-        names.append(kernel.function.__qualname__)
-    assert names[0] != names[1]

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from srlib.scan import backends, mamba_mixer, operator, selective_scan, threads
+from srlib.scan import backends, cpu, mamba_mixer, operator, selective_scan
 
 BACKENDS = ["chunked", *(["cpu"] if backends()["cpu"].available else [])]
 NEEDS_NUMBA = pytest.mark.skipif(
@@ -29,10 +29,12 @@ def test_operators_keep_torchs_contract(backend):
     torch.manual_seed(0)
     inputs = random_inputs(2, 5, 19, 3, channels_last=False)
     options = (True, "inter_slice", 4, backend)
-    torch.library.opcheck(operator.scan, (*inputs.values(), *options, True))
-    y, states = operator.scan(*inputs.values(), *options, True)
+    torch.library.opcheck(torch.ops.srlib.selective_scan, (*inputs.values(), *options, True))
+    y, states = torch.ops.srlib.selective_scan(*inputs.values(), *options, True)
     tensors = [t.detach() for t in inputs.values()]
-    torch.library.opcheck(operator.scan_backward, (torch.randn_like(y), states, *tensors, *options))
+    torch.library.opcheck(
+        torch.ops.srlib.selective_scan_backward, (torch.randn_like(y), states, *tensors, *options)
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -159,15 +161,15 @@ def test_a_gradient_is_only_prepared_for_when_asked_for():
     inputs = {name: t.detach() for name, t in random_inputs(1, 20, 90, 5).items()}
     assert not selective_scan(**inputs).requires_grad
     options = (True, "forward", 1, "auto")
-    assert operator.scan(*inputs.values(), *options, False)[1].numel() == 0
+    assert torch.ops.srlib.selective_scan(*inputs.values(), *options, False)[1].numel() == 0
 
 
 @pytest.fixture(params=["torch's threads", "a pool"])
 def team(request, monkeypatch):
     """Both places where tasks can run; a torch without GNU's OpenMP has only the second."""
     if request.param == "a pool":
-        monkeypatch.setattr(threads, "_gnu_openmp", lambda: None)
-    elif threads._gnu_openmp() is None:
+        monkeypatch.setattr(cpu, "_gnu_openmp", lambda: None)
+    elif cpu._gnu_openmp() is None:
         pytest.skip("this torch comes without GNU's OpenMP")
     before = torch.get_num_threads()
     yield
@@ -176,7 +178,7 @@ def team(request, monkeypatch):
 
 @NEEDS_NUMBA
 def test_torchs_number_of_threads_is_kept_to(monkeypatch, team):
-    used, run = set(), threads.run
+    used, run = set(), cpu.on_threads
 
     def watched(task, shares):
         def work(*share):
@@ -186,7 +188,7 @@ def test_torchs_number_of_threads_is_kept_to(monkeypatch, team):
 
         run(work, shares)
 
-    monkeypatch.setattr(threads, "run", watched)
+    monkeypatch.setattr(cpu, "on_threads", watched)
     inputs = random_inputs(1, 64, 90, 5)
     results = {}
     for number in (1, 2, 3):
@@ -211,7 +213,7 @@ def test_what_a_thread_raises_reaches_the_caller(error, team):
         done.append(share)
 
     with pytest.raises(error, match="in a thread"):
-        threads.run(task, [(share,) for share in range(3)])
+        cpu.on_threads(task, [(share,) for share in range(3)])
     assert done == [0, 2]
 
 

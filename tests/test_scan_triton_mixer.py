@@ -30,7 +30,7 @@ def random_mixers(
 
 def results(tensors: list[torch.Tensor], orders: Sequence[str], nslices: int, grad: torch.Tensor):
     x, *weights = tensors
-    y, _ = triton_mixer.mixers(x, weights, ",".join(orders), nslices, True)
+    y = triton_mixer.mixers(x, weights, ",".join(orders), nslices)
     return [y, *torch.autograd.grad(y, tensors, grad.to(y.dtype))]
 
 
@@ -137,9 +137,9 @@ def test_gate_projection_and_norm():
 def test_what_does_not_fit_is_named():
     x, *weights = random_mixers(1, 3, 2, 1)
     with pytest.raises(ValueError, match="weights"):
-        triton_mixer.mixers(x, weights[:-1], "forward", 1, True)
+        triton_mixer.mixers(x, weights[:-1], "forward", 1)
     with pytest.raises(ValueError, match="order"):
-        triton_mixer.mixers(x, weights, "backward", 1, True)
+        triton_mixer.mixers(x, weights, "backward", 1)
 
 
 def test_addresses_for_all_lengths_and_slices():

@@ -14,10 +14,9 @@ pass.
 
 from __future__ import annotations
 
-from .choice import BackendState, backends
+from .definition import ORDERS, token_order
 from .mixer import Weights, channel_norm, gated, in_triton, mamba_mixer, mamba_mixers, project
-from .operator import selective_scan
-from .orders import ORDERS, token_order
+from .operator import BackendState, backends, selective_scan
 
 __all__ = [
     "ORDERS", "BackendState", "Weights", "backends", "channel_norm", "gated", "in_triton", "mamba_mixer",

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .definition import compute_dtype
+from .definition import compute_dtype, token_order
 from .inputs import Gradients, Options, ScanInputs
-from .orders import token_order
 
 # Elements of one work array; a backward pass holds about five. A GPU needs long chunks to be busy.
 CHUNK_ELEMENTS = {"cpu": 2**20}

@@ -1,16 +1,15 @@
-"""What an operator is given, scan or mixer, and the checks on it: kernels see nothing that does not fit."""
+"""The tensors that an operator is given, scan or mixer, and the checks on them: kernels see only what fits."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .definition import compute_dtype
-from .orders import check_order
+from .definition import check_order, compute_dtype
 
 Gradients = dict[str, Tensor]
 HALF = (torch.float16, torch.bfloat16)
@@ -18,83 +17,25 @@ DTYPES = (*HALF, torch.float32, torch.float64)
 
 # Axes by name; an axis has one size wherever it comes, which the first tensor that has it says.
 SCAN_AXES = {
-    "u": "B D L",
-    "delta": "B D L",
-    "A": "D N",
-    "B": "B N L",
-    "C": "B N L",
-    "D": "D",
-    "z": "B D L",
-    "delta_bias": "D",
+    "u": ("B", "D", "L"),
+    "delta": ("B", "D", "L"),
+    "A": ("D", "N"),
+    "B": ("B", "N", "L"),
+    "C": ("B", "N", "L"),
+    "D": ("D",),
+    "z": ("B", "D", "L"),
+    "delta_bias": ("D",),
 }
 MIXER_AXES = {
-    "x": "B L E",
-    "conv_weight": "E taps",
-    "conv_bias": "E",
-    "dt_proj": "E R",
-    "dt_bias": "E",
-    "A": "E N",
-    "D": "E",
-    "x_proj": "R+2N E",
+    "x": ("B", "L", "E"),
+    "conv_weight": ("E", "taps"),
+    "conv_bias": ("E",),
+    "dt_proj": ("E", "R"),
+    "dt_bias": ("E",),
+    "A": ("E", "N"),
+    "D": ("E",),
+    "x_proj": ("R+2N", "E"),
 }
-
-
-def _check(axes: Mapping[str, str], tensors: Mapping[str, Tensor], wide: Sequence[str]) -> None:
-    """Raise a ValueError that names the first tensor that does not fit those before it.
-
-    All are on the first one's device and of its dtype; where that is one of 16 bits, `wide` ones may be float32.
-    """
-    first = next(name for name in axes if name in tensors)
-    like = tensors[first]
-    sizes: dict[str, int] = {}
-    for name in filter(tensors.__contains__, axes):
-        t, names = tensors[name], axes[name].split()
-        if "R+2N" in names:
-            sizes["R+2N"] = sizes["R"] + 2 * sizes["N"]
-        if t.ndim == len(names):
-            sizes = dict(zip(names, t.shape, strict=True)) | sizes
-        expected = [sizes.get(axis, axis) for axis in names]
-        if list(t.shape) != expected or 0 in expected:
-            known = ", ".join(map(str, expected))
-            raise ValueError(
-                f"{name}: expected shape ({', '.join(names)}) = ({known}), none of them 0, "
-                f"got {tuple(t.shape)}; {first} has {tuple(like.shape)}"
-            )
-        if t.layout != torch.strided or t.dtype not in DTYPES:
-            raise ValueError(
-                f"{name}: expected a dense tensor of 16, 32 or 64 bit floats, got {t.dtype}, {t.layout}"
-            )
-        if t.device != like.device:
-            raise ValueError(f"{name}: expected on {like.device} as {first} is, got {t.device}")
-        if t.dtype != like.dtype and not (
-            name in wide and like.dtype in HALF and t.dtype == torch.float32
-        ):
-            raise ValueError(f"{name}: expected {like.dtype} as {first} is, got {t.dtype}")
-
-
-def check_mixer(tensors: Sequence[Tensor], order: str, nslices: int, casts: bool = False) -> None:
-    """Raise a ValueError that names the first argument of `mamba_mixer` that does not fit the others.
-
-    Where the operator `casts`, as under autocast, all weights may be wider than x, else those that the scan takes.
-    """
-    x, conv_weight, conv_bias, x_proj, *others = tensors
-    named = zip(MIXER_AXES, (x, conv_weight, conv_bias, *others, x_proj), strict=True)
-    casts = casts or torch.is_autocast_enabled(x.device.type)
-    _check(MIXER_AXES, dict(named), wide=tuple(MIXER_AXES) if casts else ("dt_bias", "A", "D"))
-    check_order(order, nslices)
-
-
-def check_gradient(grad: Tensor, states: Tensor, y: Tensor, states_shape: Sequence[int]) -> None:
-    """Raise a ValueError unless `grad` is as the output y, and `states` what its forward pass keeps."""
-    expected = {
-        "grad": (grad, tuple(y.shape), y.dtype, y.device),
-        "states": (states, tuple(states_shape), compute_dtype(y.dtype), y.device),
-    }
-    for name, (t, *wanted) in expected.items():
-        if (found := [tuple(t.shape), t.dtype, t.device]) != wanted:
-            raise ValueError(f"{name}: expected {wanted}, got {found}")
-    if not states.is_contiguous():
-        raise ValueError(f"states: expected contiguous memory, got strides {states.stride()}")
 
 
 class ScanInputs(NamedTuple):
@@ -127,18 +68,92 @@ class ScanInputs(NamedTuple):
         dtype = functools.reduce(torch.promote_types, (t.dtype for t in sequences.values()))
         return self._replace(**{name: t.to(dtype) for name, t in sequences.items()})
 
-    def check(self) -> None:
-        """Raise a ValueError that names the first argument that does not fit the others."""
-        _check(SCAN_AXES, self.given(), wide=tuple(self.parameters()))
-
 
 class Options(NamedTuple):
-    """What a scan does with its tensors."""
+    """The settings of a scan."""
 
     delta_softplus: bool
     order: str
     nslices: int
 
-    def check(self) -> None:
-        """Raise a ValueError for an unknown order or no slices."""
-        check_order(self.order, self.nslices)
+
+def check_scan(inputs: ScanInputs, options: Options) -> None:
+    """Raise a ValueError that names the first argument of `selective_scan` that does not fit."""
+    _check(SCAN_AXES, inputs.given(), wide=("A", "D", "delta_bias"))
+    check_order(options.order, options.nslices)
+
+
+def check_mixer(tensors: Sequence[Tensor], order: str, nslices: int, casts: bool = False) -> None:
+    """Raise a ValueError that names the first argument of `mamba_mixer` that does not fit the others.
+
+    Where the operator `casts`, as under autocast, all weights may be wider than x, else those that the scan takes.
+    """
+    x, conv_weight, conv_bias, x_proj, *others = tensors
+    named = zip(MIXER_AXES, (x, conv_weight, conv_bias, *others, x_proj), strict=True)
+    casts = casts or torch.is_autocast_enabled(x.device.type)
+    _check(MIXER_AXES, dict(named), wide=tuple(MIXER_AXES) if casts else ("dt_bias", "A", "D"))
+    check_order(order, nslices)
+
+
+def _check(
+    axes: Mapping[str, tuple[str, ...]], tensors: Mapping[str, Tensor], wide: Sequence[str]
+) -> None:
+    """Raise a ValueError that names the first tensor that does not fit those before it.
+
+    All are on the first one's device and of its dtype; where that is one of 16 bits, `wide` ones may be float32.
+    """
+    first = next(iter(axes))
+    like = tensors[first]
+    sizes: dict[str, int] = {}
+    for name in filter(tensors.__contains__, axes):
+        t, names = tensors[name], axes[name]
+        if "R+2N" in names:
+            sizes["R+2N"] = sizes["R"] + 2 * sizes["N"]
+        if t.ndim == len(names):
+            sizes = dict(zip(names, t.shape, strict=True)) | sizes
+        expected = [sizes.get(axis, axis) for axis in names]
+        if list(t.shape) != expected or 0 in expected:
+            known = ", ".join(map(str, expected))
+            raise ValueError(
+                f"{name}: expected shape ({', '.join(names)}) = ({known}), none of them 0, "
+                f"got {tuple(t.shape)}; {first} has {tuple(like.shape)}"
+            )
+        if t.layout != torch.strided or t.dtype not in DTYPES:
+            raise ValueError(
+                f"{name}: expected a dense tensor of 16, 32 or 64 bit floats, got {t.dtype}, {t.layout}"
+            )
+        if t.device != like.device:
+            raise ValueError(f"{name}: expected on {like.device} as {first} is, got {t.device}")
+        if t.dtype != like.dtype and not (
+            name in wide and like.dtype in HALF and t.dtype == torch.float32
+        ):
+            raise ValueError(f"{name}: expected {like.dtype} as {first} is, got {t.dtype}")
+
+
+def check_gradient(grad: Tensor, states: Tensor, y: Tensor, states_shape: Sequence[int]) -> None:
+    """Raise a ValueError unless `grad` is as the output y, and `states` what its forward pass keeps."""
+    expected = {
+        "grad": (grad, tuple(y.shape), y.dtype, y.device),
+        "states": (states, tuple(states_shape), compute_dtype(y.dtype), y.device),
+    }
+    for name, (t, *wanted) in expected.items():
+        if (found := [tuple(t.shape), t.dtype, t.device]) != wanted:
+            raise ValueError(f"{name}: expected {wanted}, got {found}")
+    if not states.is_contiguous():
+        raise ValueError(f"states: expected contiguous memory, got strides {states.stride()}")
+
+
+def unusable(load: Callable[[], object], message: str) -> str:
+    """The `message` with the error of `load`, an import; empty where it works."""
+    try:
+        load()
+    except Exception as error:  # a build against another torch or numpy fails in many ways
+        return f"{message} ({type(error).__name__}: {error})"
+    return ""
+
+
+def refused_by_cuda(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the back end `name` cannot take such tensors, as it computes in float32 on CUDA."""
+    if device.type != "cuda":
+        return f"{name} needs CUDA tensors, got {device.type}"
+    return f"{name} computes in float32, got float64 tensors" if dtype == torch.float64 else ""

@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .inputs import Gradients, Options, ScanInputs
-from .orders import token_order
+from .definition import token_order
+from .inputs import Gradients, Options, ScanInputs, refused_by_cuda, unusable
 
 
 def _kernel() -> ModuleType:
@@ -25,20 +25,12 @@ def unavailable() -> str:
     """Why this back end cannot run here: no CUDA device, or the kernel cannot be imported."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    try:
-        _kernel()
-    except Exception as error:  # a build against another torch fails in many ways
-        return f"mamba_ssm's CUDA kernel cannot be imported ({type(error).__name__}: {error})"
-    return ""
+    return unusable(_kernel, "mamba_ssm's CUDA kernel cannot be imported")
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str:
     """Why this back end cannot take such tensors."""
-    if device.type != "cuda":
-        return f"mamba_ssm needs CUDA tensors, got {device.type}"
-    if dtype == torch.float64:
-        return "mamba_ssm computes in float32, got float64 tensors"
-    return ""
+    return refused_by_cuda("mamba_ssm", device, dtype)
 
 
 def states_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:

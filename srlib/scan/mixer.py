@@ -15,24 +15,16 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, triton_mixer
-from .choice import backends, choose
+from .definition import token_order
 from .inputs import ScanInputs, check_gradient, check_mixer
-from .operator import (
-    define,
-    register_gradient,
-    scan_backward_flops,
-    scan_flops,
-    selective_scan,
-)
-from .orders import token_order
+from .operator import backends, choose, mixer_flops, register, selective_scan
 from .recompute import Recompute, recomputed
 
 
@@ -99,8 +91,7 @@ def mamba_mixer(
     if fused is not False and in_triton(x):
         return mamba_mixers(x, [weights], [order], nslices)
     if _can_fuse(x, conv_weight) if fused is None else fused:
-        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-        return fused_mixer(x, *weights, order, nslices, keep)[0]
+        return fused_mixer(x, *weights, order, nslices)
     compose = functools.partial(_composed, weights, order, nslices)
     return recomputed(x, compose, recompute=recompute)
 
@@ -124,8 +115,7 @@ def mamba_mixers(
     """
     if fused is not False and in_triton(x):
         by_kind = [t for kind in zip(*weights, strict=True) for t in kind]
-        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *by_kind))
-        return triton_mixer.mixers(x, by_kind, ",".join(orders), nslices, keep)[0]
+        return triton_mixer.mixers(x, by_kind, ",".join(orders), nslices)
     y = mamba_mixer(x, *weights[0], orders[0], nslices, recompute, fused)
     for order, own in zip(orders[1:], weights[1:], strict=True):
         y += mamba_mixer(x, *own, order, nslices, recompute, fused)
@@ -189,13 +179,6 @@ def _refuses_to_fuse(x: Tensor, conv_weight: Tensor) -> str:
     return ""
 
 
-def _check_fused(tensors: Sequence[Tensor], order: str, nslices: int) -> None:
-    check_mixer(tensors, order, nslices)
-    if reason := _refuses_to_fuse(*tensors[:2]):
-        raise ValueError(reason)
-    choose("cpu", tensors[0].device, tensors[0].dtype)
-
-
 def _sizes(dt_proj: Tensor, A: Tensor) -> list[int]:
     """Widths of what x_proj yields: R for the step size, N for B, N for C."""
     return [dt_proj.shape[1], A.shape[1], A.shape[1]]
@@ -233,23 +216,30 @@ class _Stretches:
     Work tensors are kept for the next stretch: fresh memory would cost a third of a stretch's time.
     """
 
-    def __init__(
-        self, x: Tensor, x_proj: Tensor, dt_proj: Tensor, order: str, nslices: int
-    ) -> None:
-        from . import kernels
+    def __init__(self, x: Tensor, weights: Weights, order: str, nslices: int) -> None:
+        from .kernels import CHUNK
 
         self.x = x.detach().transpose(1, 2)  # (B, E, L), as convolution and scan see a sequence
-        self.x_proj, self.dt_proj = x_proj, dt_proj
-        self.order = cpu.order_table(order, x.shape[1], nslices)
-        self.chunk = kernels.CHUNK
-        self.chunks = max(1, STRETCH // (x.shape[0] * x.shape[2] * self.chunk))
+        self.weights, self.order = weights, cpu.order_table(order, x.shape[1], nslices)
+        self.chunks = max(1, STRETCH // (x.shape[0] * x.shape[2] * CHUNK))
+        self.step = self.chunks * CHUNK
         self.memory: dict[str, Tensor] = {}
+        self.conv = self.convolution()
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         """First step, number of steps and first chunk of each stretch."""
-        step = self.chunks * self.chunk
-        for i, begin in enumerate(range(0, len(self.order), step)):
-            yield begin, min(step, len(self.order) - begin), i * self.chunks
+        for i, begin in enumerate(range(0, len(self.order), self.step)):
+            yield begin, min(self.step, len(self.order) - begin), i * self.chunks
+
+    def convolution(self, backward: bool = False) -> cpu.ConvPass:
+        """A pass of the convolution over all stretches."""
+        weight, bias = self.weights[:2]
+        return cpu.ConvPass(self.x, weight, bias, self.order, backward)
+
+    def scan(self, states: Tensor, backward: bool = False) -> cpu.ScanPass:
+        """A pass of the scan over all stretches."""
+        w = self.weights
+        return cpu.ScanPass(self.x, w.A, w.D, w.dt_bias, states, backward=backward)
 
     def work(self, name: str, *shape: int) -> Tensor:
         """A tensor of that name and shape, with anything in it."""
@@ -258,80 +248,58 @@ class _Stretches:
             self.memory[name] = self.x.new_empty(size)
         return self.memory[name][:size].view(shape)
 
-    def scan_inputs(
-        self, conv: cpu.ConvPass, begin: int, count: int, A: Tensor, D: Tensor, bias: Tensor
-    ) -> tuple[ScanInputs, Tensor]:
+    def scan_inputs(self, begin: int, count: int) -> tuple[ScanInputs, Tensor]:
         """What the scan reads in a stretch, in the order of visit; the step sizes of rank R."""
         batch, width, _ = self.x.shape
+        _, _, x_proj, dt_proj, dt_bias, A, D = self.weights
         u, delta = (self.work(name, batch, count, width) for name in ("u", "delta"))
-        rows = self.work("rows", batch, count, len(self.x_proj))
-        conv.forward(begin, cpu.order_table("forward", count, 1), u.transpose(1, 2))
-        torch.mm(u.flatten(0, 1), self.x_proj.T, out=rows.flatten(0, 1))
-        dt, B, C = rows.split(_sizes(self.dt_proj, A), dim=-1)
-        torch.mm(dt.flatten(0, 1), self.dt_proj.T, out=delta.flatten(0, 1))
+        rows = self.work("rows", batch, count, len(x_proj))
+        self.conv.forward(begin, cpu.order_table("forward", count, 1), u.transpose(1, 2))
+        torch.mm(u.flatten(0, 1), x_proj.T, out=rows.flatten(0, 1))
+        dt, B, C = rows.split(_sizes(dt_proj, A), dim=-1)
+        torch.mm(dt.flatten(0, 1), dt_proj.T, out=delta.flatten(0, 1))
         u, delta, B, C = (t.transpose(1, 2) for t in (u, delta, B, C))
-        return ScanInputs(u, delta, A, B, C, D, None, bias), dt
+        return ScanInputs(u, delta, A, B, C, D, None, dt_bias), dt
 
 
-@define("fused_mixer")
-def fused_mixer(
-    x: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    order: str,
-    nslices: int,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor]:
-    """`mamba_mixer` on the CPU in float32, and the states that its backward pass starts from."""
-    _check_fused((x, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D), order, nslices)
-    way = _Stretches(x, x_proj, dt_proj, order, nslices)
-    states = x.new_empty(cpu.states_shape(way.x, A) if keep_states else (0,))
-    y = torch.empty_like(x)
-    conv = cpu.ConvPass(way.x, conv_weight, conv_bias, way.order)
-    scan = cpu.ScanPass(way.x, A, D, dt_bias, states)
+def _check_fused(*given: Any) -> None:
+    *tensors, order, nslices = given
+    check_mixer(tensors, order, nslices)
+    if reason := _refuses_to_fuse(*tensors[:2]):
+        raise ValueError(reason)
+    choose("cpu", tensors[0].device, tensors[0].dtype)
+
+
+def _states_shape(x: Tensor, *given: Any) -> tuple[int, ...]:
+    return cpu.states_shape(x.transpose(1, 2), Weights(*given[:7]).A)
+
+
+def _forward(x: Tensor, *given: Any) -> Tensor:
+    *weights, order, nslices, states = given
+    way, y = _Stretches(x, Weights(*weights), order, nslices), torch.empty_like(x)
+    scan = way.scan(states)
     for begin, count, chunk in way:
-        inputs, _ = way.scan_inputs(conv, begin, count, A, D, dt_bias)
+        inputs, _ = way.scan_inputs(begin, count)
         places = cpu.order_table("forward", count, 1)
         scan.forward(inputs, places, way.order[begin : begin + count], chunk, y.transpose(1, 2))
-    return y, states
+    return y
 
 
-@define("fused_mixer_backward")
-def fused_mixer_backward(
-    grad: Tensor,
-    states: Tensor,
-    x: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    order: str,
-    nslices: int,
-) -> list[Tensor]:
-    """Gradients of the eight tensor arguments of `fused_mixer`, in their order."""
-    _check_fused((x, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D), order, nslices)
-    check_gradient(grad, states, x, cpu.states_shape(x.transpose(1, 2), A))
-    way = _Stretches(x, x_proj, dt_proj, order, nslices)
-    grad = grad.detach().transpose(1, 2)
+def _backward(grad: Tensor, states: Tensor, x: Tensor, *given: Any) -> list[Tensor]:
+    check_gradient(grad, states, x, _states_shape(x, *given))
+    *tensors, order, nslices = given
+    weights = Weights(*tensors)
+    way = _Stretches(x, weights, order, nslices)
+    grad, x_proj, dt_proj = grad.detach().transpose(1, 2), weights.x_proj, weights.dt_proj
     d_x_proj, d_dt_proj = torch.zeros_like(x_proj), torch.zeros_like(dt_proj)
-    conv = cpu.ConvPass(way.x, conv_weight, conv_bias, way.order)
-    conv_back = cpu.ConvPass(way.x, conv_weight, conv_bias, way.order, backward=True)
-    scan = cpu.ScanPass(way.x, A, D, dt_bias, states, backward=True)
+    conv, scan = way.convolution(backward=True), way.scan(states, backward=True)
     batch, _, width = x.shape
-    ranks, nstates = dt_proj.shape[1], A.shape[1]
-    after = x.new_zeros(batch, conv_back.overlap, width)  # du of the steps after a stretch
+    ranks, nstates = dt_proj.shape[1], weights.A.shape[1]
+    after = x.new_zeros(batch, conv.overlap, width)  # du of the steps after a stretch
     for begin, count, chunk in reversed(list(way)):
-        inputs, dt = way.scan_inputs(conv, begin, count, A, D, dt_bias)
-        places = cpu.order_table("forward", count + conv_back.overlap, 1)
-        du = way.work("du", batch, count + conv_back.overlap, width)
+        inputs, dt = way.scan_inputs(begin, count)
+        places = cpu.order_table("forward", count + conv.overlap, 1)
+        du = way.work("du", batch, count + conv.overlap, width)
         d_delta = way.work("d_delta", batch, count, width)
         d_rows = way.work("d_rows", batch, len(x_proj), count)
         out = {"u": du[:, :count].transpose(1, 2), "delta": d_delta.transpose(1, 2)}
@@ -346,53 +314,22 @@ def fused_mixer_backward(
             d_dt_proj.addmm_(d_delta[b].T, dt[b])
             d_x_proj.addmm_(d_rows[b], inputs.u[b].T)
         du[:, count:] = after
-        conv_back.backward(begin, places, du.transpose(1, 2))
-        after = du[:, : conv_back.overlap].clone()
-    d_weight, d_bias = conv_back.sums()
+        conv.backward(begin, places, du.transpose(1, 2))
+        after = du[:, : conv.overlap].clone()
     sums = scan.sums()
-    projections = (d_x_proj, d_dt_proj, sums["delta_bias"])
-    return [conv_back.dx.transpose_(1, 2), d_weight, d_bias, *projections, sums["A"], sums["D"]]
+    d_scan = (sums[name] for name in ("delta_bias", "A", "D"))
+    return [conv.dx.transpose_(1, 2), *conv.sums(), d_x_proj, d_dt_proj, *d_scan]
 
 
-@torch.library.register_fake("srlib::fused_mixer")
-def _fake(x, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, order, nslices, keep_states):  # type: ignore[no-untyped-def]
-    shape = cpu.states_shape(x.transpose(1, 2), A) if keep_states else (0,)
-    return torch.empty_like(x), x.new_empty(shape)
-
-
-@torch.library.register_fake("srlib::fused_mixer_backward")
-def _backward_fake(grad, states, x, *rest):  # type: ignore[no-untyped-def]
-    return [torch.empty_like(x), *(t.new_empty(t.shape) for t in rest[:-2])]
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, order, nslices, keep_states = inputs
-    if not keep_states:
-        raise RuntimeError("srlib::fused_mixer: a gradient needs keep_states=True")
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.options = (order, nslices)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _gradient(ctx, grad, _):  # type: ignore[no-untyped-def]
-    return *fused_mixer_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
-register_gradient("fused_mixer", _gradient, _setup_context)
-
-
-def _weights(x, conv_weight, conv_bias, x_proj, dt_proj, *_) -> int:  # type: ignore[no-untyped-def]
-    """Products of tokens' channels with weights before the scan."""
-    return math.prod(x) * (conv_weight[1] + x_proj[0] + dt_proj[1])
-
-
-@register_flop_formula(fused_mixer)
-def _flops(*shapes, **_) -> int:  # type: ignore[no-untyped-def]
-    """The scan's, and a product and a sum for each weight before it."""
-    return 2 * _weights(*shapes) + scan_flops(shapes[0], shapes[6], D=True)
-
-
-@register_flop_formula(fused_mixer_backward)
-def _backward_flops(grad, states, *shapes, **_) -> int:  # type: ignore[no-untyped-def]
-    """The scan's, and three times the rest: computed again, then by its inputs and by its weights."""
-    return 6 * _weights(*shapes) + scan_backward_flops(shapes[0], shapes[6], D=True)
+fused_mixer = register(
+    "fused_mixer",
+    "Tensor x, Tensor conv_weight, Tensor conv_bias, Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A, "
+    "Tensor D, str order, SymInt nslices",
+    _forward,
+    _backward,
+    states_shape=_states_shape,
+    check=_check_fused,
+    flops=lambda x, weight, _, x_proj, dt_proj, __, A, *___: mixer_flops(
+        x, weight, x_proj, dt_proj, A
+    ),
+)

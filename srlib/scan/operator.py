@@ -1,4 +1,4 @@
-"""The operator `srlib::selective_scan` as torch sees it: schema, gradient, shapes, flops.
+"""The scan's back ends and the operator `srlib::selective_scan`; how an operator is made known to torch.
 
 A scan is opaque to torch's tools, so they are told what they need: a fake kernel gives the shapes
 (torch.compile, FakeTensorMode), an autograd formula calls the backward operator, a formula counts
@@ -8,40 +8,104 @@ flops. Which back end does the work is looked up inside the operator, where noth
 from __future__ import annotations
 
 import functools
+import logging
 import math
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, repeat
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from .choice import choose
+from . import chunked, cpu, mamba_ssm, triton
 from .definition import compute_dtype, reference
-from .inputs import Options, ScanInputs, check_gradient
+from .inputs import Gradients, Options, ScanInputs, check_gradient, check_scan
+
+logger = logging.getLogger("srlib.scan")
+
+# --- Back ends ------------------------------------------------------------------------------------
 
 
-def _room_for_states(worker: ModuleType, u: Tensor, A: Tensor, keep: bool) -> Tensor:
-    """What `worker` keeps for the backward pass, not yet filled; empty unless `keep`."""
-    shape = worker.states_shape(u, A) if keep else (0,)
-    return u.new_empty(shape, dtype=compute_dtype(u.dtype))
+class Backend(Protocol):
+    """What a back end's module has."""
+
+    def unavailable(self) -> str:
+        """Why it cannot run on this machine; empty where it can."""
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Why it cannot take such tensors; empty where it can."""
+
+    def states_shape(self, u: Tensor, A: Tensor) -> tuple[int, ...]:
+        """Shape of what the forward pass keeps for the backward pass, for `u` (B, D, L) and `A` (D, N)."""
+
+    def forward(self, inputs: ScanInputs, options: Options, states: Tensor) -> Tensor:
+        """The scan's output (B, D, L); fills `states` unless it is empty."""
+
+    def backward(
+        self, inputs: ScanInputs, options: Options, states: Tensor, grad: Tensor
+    ) -> Gradients:
+        """Gradients of all inputs by name, from `grad` (B, D, L) and the states of the forward pass."""
 
 
-def define(name: str) -> Callable[[Callable], Any]:
-    """Make a function the operator `srlib::<name>`, which runs it on every device.
+WORKERS: dict[str, Backend] = {
+    "chunked": chunked,
+    "cpu": cpu,
+    "mamba_ssm": mamba_ssm,
+    "triton": triton,
+}
+# `auto` takes the first of a device's list that can run.
+PREFERRED = {"cpu": ("cpu", "chunked"), "cuda": ("triton", "mamba_ssm", "chunked")}
+PREFERRED_ELSEWHERE = ("chunked",)
 
-    What `torch.library.custom_op` does, without its import of torch's compiler at the first call.
+
+class BackendState(NamedTuple):
+    """State of a back end on this machine: it can run or, with a reason, it cannot."""
+
+    available: bool
+    reason: str
+
+
+@functools.cache
+def backends() -> dict[str, BackendState]:
+    """The back ends by name with their state, found once: `reference`, then the operator's."""
+    reasons = {name: worker.unavailable() for name, worker in WORKERS.items()}
+    states = {name: BackendState(not reason, reason) for name, reason in reasons.items()}
+    return {"reference": BackendState(True, ""), **states}
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The back end that does the work of `backend`, its name or `auto`, for tensors on `device`.
+
+    Raises:
+        ValueError: `backend` is no back end's name, or it cannot take such tensors.
+        RuntimeError: it cannot run on this machine.
     """
+    if backend == "auto":
+        return WORKERS[_automatic(device.type, dtype)]
+    if backend not in WORKERS:
+        names = ", ".join(["auto", *backends()])
+        raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+    if not backends()[backend].available:
+        raise RuntimeError(f"backend {backend!r} cannot run here: {backends()[backend].reason}")
+    if reason := WORKERS[backend].refuses(device, dtype):
+        raise ValueError(f"backend {backend!r}: {reason}")
+    return WORKERS[backend]
 
-    def operator(function: Callable) -> Any:
-        schema = torch.library.infer_schema(function, mutates_args=())
-        torch.library.define(f"srlib::{name}", schema)
-        torch.library.impl(f"srlib::{name}", "default")(function)
-        return getattr(torch.ops.srlib, name)
 
-    return operator
+@functools.cache
+def _automatic(device: str, dtype: torch.dtype) -> str:
+    for name in PREFERRED.get(device, PREFERRED_ELSEWHERE):
+        reason = backends()[name].reason or WORKERS[name].refuses(torch.device(device), dtype)
+        if not reason:
+            logger.info("selective scan on %s, %s: %s", device, dtype, name)
+            return name
+        logger.info("selective scan on %s, %s: not %s (%s)", device, dtype, name, reason)
+    raise AssertionError("chunked takes any tensor")
+
+
+# --- Operators ------------------------------------------------------------------------------------
 
 
 class _Library(torch.library.Library):
@@ -68,135 +132,201 @@ class _Library(torch.library.Library):
 _LIBRARY = _Library("srlib", "FRAGMENT")
 
 
-def register_gradient(name: str, gradient: Callable, setup_context: Callable | None = None) -> None:
-    """Make `gradient` the formula of the operator `srlib::<name>`, and forbid the formula's own gradient."""
+def _define(name: str, schema: str, function: Callable, fake: Callable) -> Any:
+    """An operator that runs `function` on every device, and `fake` where there are shapes only.
+
+    `torch.library.custom_op` does the same, but imports torch's compiler at the first call.
+    """
+    torch.library.define(name, schema)
+    torch.library.impl(name, "default")(function)
+    torch.library.register_fake(name)(fake)
+    return functools.reduce(getattr, name.split("::"), torch.ops)
+
+
+def _flat(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments, those of lists too."""
+    lists = (a if isinstance(a, (list, tuple)) else (a,) for a in arguments)
+    return [each for one in lists for each in one]
+
+
+def register(
+    name: str,
+    schema: str,
+    forward: Callable[..., Tensor],
+    backward: Callable[..., Sequence[Tensor]],
+    *,
+    like: Callable[[Tensor], Tensor] = torch.empty_like,
+    output: Callable[..., Tensor] | None = None,
+    states_shape: Callable[..., Sequence[int]] = lambda *_: (0,),
+    check: Callable[..., None] = lambda *_: None,
+    flops: Callable[..., tuple[int, int]] | None = None,
+) -> Callable[..., Tensor]:
+    """Make two functions the operator `srlib::<name>`, which can be differentiated once, and backwards.
+
+    The operator takes one more argument, `keep_states`, and returns its output and the states that the backward pass
+    starts from, empty unless they are to be kept. Its gradient is the operator `srlib::<name>_backward`.
+
+    Args:
+        name: of the operator.
+        schema: its arguments, tensors first.
+        forward: takes the arguments and the room for states, which it fills unless it is empty; returns the output.
+        backward: takes the output's gradient, the states and the arguments; returns the gradients of those tensors
+            that are given, in their order.
+        like: an empty tensor as another one's gradient comes out.
+        output: an empty output, of the arguments; by default one `like` the first tensor.
+        states_shape: of what is kept, of the arguments.
+        check: raises an error for arguments that do not fit; called before the others.
+        flops: those of both passes, of the arguments with shapes in place of tensors.
+
+    Returns:
+        A function of the arguments that calls the operator, keeps states where a gradient may be asked for, and
+        returns the output.
+    """
+    operator, count = f"srlib::{name}", schema.count("Tensor")
+
+    def room(given: Sequence[Any], keep: bool) -> Tensor:
+        shape = states_shape(*given) if keep else (0,)
+        return given[0].new_empty(shape, dtype=compute_dtype(given[0].dtype))
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *given, keep = arguments
+        check(*given)
+        states = room(given, keep)
+        return forward(*given, states), states
+
+    def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *given, keep = arguments
+        return output(*given) if output else like(given[0]), room(given, keep)
+
+    def run_backward(grad: Tensor, states: Tensor, *given: Any) -> Sequence[Tensor]:
+        check(*given)
+        return backward(grad, states, *given)
+
+    def fake_backward(grad: Tensor, states: Tensor, *given: Any) -> list[Tensor]:
+        return [like(t) for t in _flat(given[:count]) if t is not None]
+
+    call = _define(operator, f"({schema}, bool keep_states) -> (Tensor, Tensor)", run, fake)
+    call_backward = _define(
+        f"{operator}_backward",
+        f"(Tensor grad, Tensor states, {schema}) -> Tensor[]",
+        run_backward,
+        fake_backward,
+    )
+
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        if not inputs[-1]:
+            raise RuntimeError(f"{operator}: a gradient needs keep_states=True")
+        ctx.save_for_backward(output[1], *_flat(inputs[:count]))
+        ctx.lengths = [len(t) if isinstance(t, (list, tuple)) else None for t in inputs[:count]]
+        ctx.options = inputs[count:-1]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # zeros as large as the states
+
+    def gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+        def as_given(flat: Iterable[Tensor | None]) -> list[Any]:
+            rest = iter(flat)
+            return [next(rest) if n is None else [*islice(rest, n)] for n in ctx.lengths]
+
+        states, *tensors = ctx.saved_tensors
+        found: Iterator[Tensor | None] = repeat(None)
+        if grad is not None:
+            found = iter(call_backward(grad, states, *as_given(tensors), *ctx.options))
+        by_tensor = as_given(None if t is None else next(found) for t in tensors)
+        return *by_tensor, *(None for _ in ctx.options), None
 
     def twice(ctx: Any, *_: Tensor) -> NoReturn:
         raise NotImplementedError(
-            f"srlib::{name} can be differentiated once only; the scan by backend='reference' more often"
+            f"{operator} can be differentiated once only; the scan by backend='reference' more often"
         )
 
-    register = functools.partial(torch.library.register_autograd, lib=_LIBRARY)
-    register(f"srlib::{name}", gradient, setup_context=setup_context)
-    register(f"srlib::{name}_backward", twice)
+    differentiate = functools.partial(torch.library.register_autograd, lib=_LIBRARY)
+    differentiate(operator, gradient, setup_context=setup_context)
+    differentiate(f"{operator}_backward", twice)
+    if flops:
+        register_flop_formula(call)(lambda *shapes, **_: flops(*shapes)[0])
+        register_flop_formula(call_backward)(lambda _, __, *shapes, **___: flops(*shapes)[1])
+
+    def function(*given: Any) -> Tensor:
+        tensors = _flat(given[:count])
+        wanted = any(t is not None and t.requires_grad for t in tensors)
+        return call(*given, torch.is_grad_enabled() and wanted)[0]
+
+    return function
 
 
-@define("selective_scan")
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    order: str,
-    nslices: int,
-    backend: str,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor]:
-    """The output (B, D, L) and, with `keep_states`, the states the backward pass starts from."""
-    inputs, options = (
-        ScanInputs(u, delta, A, B, C, D, z, delta_bias),
-        Options(delta_softplus, order, nslices),
-    )
-    inputs.check()
-    options.check()
-    worker = choose(backend, u.device, u.dtype)
-    states = _room_for_states(worker, u, A, keep_states)
-    with torch.autocast(u.device.type, enabled=False):  # decay and state stay in float32
-        return worker.forward(inputs, options, states), states
+# --- The scan -------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("srlib::selective_scan")
-def _scan_fake(  # type: ignore[no-untyped-def]
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, nslices, backend, keep_states
-):
-    worker = choose(backend, u.device, u.dtype)
-    return torch.empty_like(u), _room_for_states(worker, u, A, keep_states)
+def _packed(*given: Any) -> tuple[Backend, ScanInputs, Options]:
+    """The operator's arguments, with the back end itself for its name."""
+    inputs, options = ScanInputs(*given[:8]), Options(*given[8:11])
+    return choose(given[11], inputs.u.device, inputs.u.dtype), inputs, options
 
 
-@define("selective_scan_backward")
-def scan_backward(
-    grad: Tensor,
-    states: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    order: str,
-    nslices: int,
-    backend: str,
-) -> list[Tensor]:
-    """Gradients of those of the eight tensor arguments that are given, in their order."""
-    inputs, options = (
-        ScanInputs(u, delta, A, B, C, D, z, delta_bias),
-        Options(delta_softplus, order, nslices),
-    )
-    inputs.check()
-    options.check()
-    worker = choose(backend, u.device, u.dtype)
-    check_gradient(grad, states, u, worker.states_shape(u, A))
-    with torch.autocast(u.device.type, enabled=False):
+def _check(*given: Any) -> None:
+    check_scan(ScanInputs(*given[:8]), Options(*given[8:11]))
+
+
+def _states_shape(*given: Any) -> tuple[int, ...]:
+    worker, inputs, _ = _packed(*given)
+    return worker.states_shape(inputs.u, inputs.A)
+
+
+def _forward(*given: Any) -> Tensor:
+    worker, inputs, options = _packed(*given[:-1])
+    with torch.autocast(inputs.u.device.type, enabled=False):  # decay and state stay in float32
+        return worker.forward(inputs, options, given[-1])
+
+
+def _backward(grad: Tensor, states: Tensor, *given: Any) -> list[Tensor]:
+    worker, inputs, options = _packed(*given)
+    check_gradient(grad, states, inputs.u, worker.states_shape(inputs.u, inputs.A))
+    with torch.autocast(grad.device.type, enabled=False):
         gradients = worker.backward(inputs, options, states, grad)
     return [gradients[name] for name in inputs.given()]
 
 
-@torch.library.register_fake("srlib::selective_scan_backward")
-def _scan_backward_fake(  # type: ignore[no-untyped-def]
-    grad, states, u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, nslices, backend
-):
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
-    return [torch.empty_like(t) for t in inputs.given().values()]
+def scan_flops(
+    u: Sequence[int], A: Sequence[int], D: object = True, z: object = None
+) -> tuple[int, int]:
+    """Flops of a scan's forward and backward pass, softplus and silu not counted, from shapes.
 
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, delta_softplus, order, nslices, backend, keep_states = inputs
-    if not keep_states:
-        raise RuntimeError("srlib::selective_scan: a gradient needs keep_states=True")
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.options = (delta_softplus, order, nslices, backend)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _gradient(ctx, grad, _states_grad):  # type: ignore[no-untyped-def]
-    *tensors, states = ctx.saved_tensors
-    gradients = iter(scan_backward(grad, states, *tensors, *ctx.options))
-    per_tensor = [None if t is None else next(gradients) for t in tensors]
-    return (*per_tensor, *[None] * 5)
-
-
-register_gradient("selective_scan", _gradient, _setup_context)
-
-
-def scan_flops(u: Sequence[int], A: Sequence[int], D: bool, z: bool = False) -> int:
-    """Per token, channel and state 7: dt A, its exp, three for h and two for y.
-
-    Per token and channel: dt u, D u (2) and the gate (1). softplus and silu are not counted.
+    Per token, channel and state 7: dt A, its exp, three for h and two for y; backwards 21: these again and 14 for the
+    adjoint recurrence. Per token and channel 1 for dt u, 2 for D u and 1 for the gate; backwards 4 for each.
     """
-    return math.prod(u) * (7 * A[1] + 1 + 2 * D + z)
+    pairs, direct, gate = math.prod(u), D is not None, z is not None
+    return pairs * (7 * A[1] + 1 + 2 * direct + gate), pairs * (
+        21 * A[1] + 4 + 4 * direct + 4 * gate
+    )
 
 
-def scan_backward_flops(u: Sequence[int], A: Sequence[int], D: bool, z: bool = False) -> int:
-    """Per token, channel and state 21: the forward pass again (7), the adjoint recurrence (14)."""
-    return math.prod(u) * (21 * A[1] + 4 + 4 * D + 4 * z)
+def mixer_flops(
+    x: Sequence[int],
+    conv_weight: Sequence[int],
+    x_proj: Sequence[int],
+    dt_proj: Sequence[int],
+    A: Sequence[int],
+) -> tuple[int, int]:
+    """Flops of a mixer's forward and backward pass, from shapes.
+
+    To the scan's come a product and a sum for each token's channel and weight before it; backwards three times these:
+    computed again, then by its inputs and by its weights.
+    """
+    products = math.prod(x) * (conv_weight[1] + x_proj[0] + dt_proj[1])
+    forward, backward = scan_flops(x, A)
+    return 2 * products + forward, 6 * products + backward
 
 
-@register_flop_formula(scan)
-def _flops(u, delta, A, B, C, D, z, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    return scan_flops(u, A, D is not None, z is not None)
-
-
-@register_flop_formula(scan_backward)
-def _backward_flops(grad, states, u, delta, A, B, C, D, z, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    return scan_backward_flops(u, A, D is not None, z is not None)
+scan = register(
+    "selective_scan",
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus, str order, SymInt nslices, str backend",
+    _forward,
+    _backward,
+    states_shape=_states_shape,
+    check=_check,
+    flops=lambda u, _, A, B, C, D, z, *__: scan_flops(u, A, D, z),
+)
 
 
 def selective_scan(
@@ -257,9 +387,7 @@ def selective_scan(
     if torch.is_autocast_enabled(u.device.type):
         inputs = inputs.widened()
     options = Options(delta_softplus, order, nslices)
-    inputs.check()
-    options.check()
+    check_scan(inputs, options)
     if backend == "reference":
         return reference(*inputs, *options)
-    keep_states = torch.is_grad_enabled() and any(t.requires_grad for t in inputs.given().values())
-    return scan(*inputs, *options, backend, keep_states)[0]
+    return scan(*inputs, *options, backend)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import Gradients, Options, ScanInputs
+from .inputs import Gradients, Options, ScanInputs, refused_by_cuda, unusable
 
 BLOCK = 32  # channels of a program, which is one warp
 PROGRAMS = 6144  # chunks are made short enough for about so many
@@ -41,22 +41,16 @@ def _kernels() -> ModuleType:
 
 def unavailable() -> str:
     """Why this back end cannot run here: no CUDA device, or no Triton."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    try:
-        _kernels()
-    except Exception as error:  # a Triton made for another torch fails in many ways
-        return f"Triton cannot be used ({type(error).__name__}: {error})"
-    return ""
+    return (
+        unusable(_kernels, "Triton cannot be used")
+        if torch.cuda.is_available()
+        else "no CUDA device"
+    )
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str:
     """Why this back end cannot take such tensors."""
-    if device.type != "cuda":
-        return f"triton needs CUDA tensors, got {device.type}"
-    if dtype == torch.float64:
-        return "triton computes in float32, got float64 tensors"
-    return ""
+    return refused_by_cuda("triton", device, dtype)
 
 
 def _chunk(u: Tensor) -> int:

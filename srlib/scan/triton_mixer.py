@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import triton
+from .definition import ORDERS
 from .inputs import check_gradient, check_mixer
-from .operator import define, register_gradient, scan_backward_flops, scan_flops
-from .orders import ORDERS
+from .operator import mixer_flops, register
 
 BLOCK = 32  # channels of a program of the scan, which is one warp
 PROGRAMS = (
@@ -277,18 +276,12 @@ def _check(x: Tensor, weights: Sequence[Tensor], orders: str, nslices: int) -> N
         check_mixer((x, *weights[i :: len(names)]), order, nslices, casts=True)
 
 
-def _states_shape(x: Tensor, weights: Sequence[Tensor], orders: str) -> tuple[int, ...]:
+def _states_shape(x: Tensor, weights: Sequence[Tensor], orders: str, _: int) -> tuple[int, ...]:
     """Shape of the states before each chunk, (orders, B, chunks, N, E)."""
     (batch, length, channels), count = x.shape, orders.count(",") + 1
     padded = -(-length // TILE) * TILE
     chunks = -(-padded // _chunk(x, _together(x, count)))
     return count, batch, chunks, weights[5 * count].shape[1], channels
-
-
-def _states(x: Tensor, weights: Sequence[Tensor], orders: str, keep: bool) -> Tensor:
-    """Room for those states, empty unless kept."""
-    shape = _states_shape(x, weights, orders) if keep else (0,)
-    return x.new_empty(shape, dtype=torch.float32)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -297,36 +290,21 @@ def _rows(x: Tensor) -> Tensor:
     return x if fits else x.contiguous()
 
 
-@define("mixers")
-def mixers(
-    x: Tensor, weights: Sequence[Tensor], orders: str, nslices: int, keep_states: bool
-) -> tuple[Tensor, Tensor]:
-    """The sum of `mamba_mixer` over orders, and the states that its backward pass starts from.
-
-    Args:
-        x: tokens (B, L, E) in memory order, which may be parts of longer rows.
-        weights: the seven kinds that a mixer has, of each the orders' own, one after the other.
-        orders: their names, separated by commas.
-        nslices: number of slices of the inter-slice order.
-        keep_states: for the backward pass.
-    """
-    _check(x, weights, orders, nslices)
+def _forward(
+    x: Tensor, weights: Sequence[Tensor], orders: str, nslices: int, states: Tensor
+) -> Tensor:
     x = _rows(x)
-    states = _states(x, weights, orders, keep_states)
     with torch.autocast(x.device.type, enabled=False):
         y = x.new_empty(orders.count(",") + 1, *x.shape)
         for part, work in _parts(x, weights, orders, nslices):
-            work.forward(y[part], states[part].flatten(0, 1) if keep_states else None)
-        return _gated(y, None), states
+            work.forward(y[part], states[part].flatten(0, 1) if states.numel() else None)
+        return _gated(y, None)
 
 
-@define("mixers_backward")
-def mixers_backward(
+def _backward(
     grad: Tensor, states: Tensor, x: Tensor, weights: Sequence[Tensor], orders: str, nslices: int
 ) -> list[Tensor]:
-    """Gradients of x and of all weights, in their order."""
-    _check(x, weights, orders, nslices)
-    check_gradient(grad, states, x, _states_shape(x, weights, orders))
+    check_gradient(grad, states, x, _states_shape(x, weights, orders, nslices))
     x, grad = _rows(x), grad.contiguous()
     padded, count = -(-x.shape[1] // TILE) * TILE, orders.count(",") + 1
     with torch.autocast(x.device.type, enabled=False):
@@ -340,53 +318,31 @@ def mixers_backward(
     return [dx, *(g.to(t.dtype) for g, t in zip(gradients, weights, strict=True))]
 
 
-@torch.library.register_fake("srlib::mixers")
-def _fake(x, weights, orders, nslices, keep_states):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), _states(x, weights, orders, keep_states)
-
-
-@torch.library.register_fake("srlib::mixers_backward")
-def _backward_fake(grad, states, x, weights, orders, nslices):  # type: ignore[no-untyped-def]
-    return [x.new_empty(x.shape), *(t.new_empty(t.shape) for t in weights)]
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weights, *ctx.options, keep_states = inputs
-    if not keep_states:
-        raise RuntimeError("srlib::mixers: a gradient needs keep_states=True")
-    ctx.save_for_backward(output[1], x, *weights)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # zeros as large as the states
-
-
-def _gradient(ctx, grad, _):  # type: ignore[no-untyped-def]
-    states, x, *weights = ctx.saved_tensors
-    dx, *by_weights = mixers_backward(grad, states, x, weights, *ctx.options)
-    return dx, by_weights, None, None, None
-
-
-register_gradient("mixers", _gradient, _setup_context)
-
-
-def _counted(x, weights, orders) -> tuple[int, list[int], int]:  # type: ignore[no-untyped-def]
-    """Products of tokens' channels with weights before the scans; shape of an order's A; the orders."""
+def _flops(
+    x: Sequence[int], weights: list[tuple[int, ...]], orders: str, *_: Any
+) -> tuple[int, int]:
     count = orders.count(",") + 1
-    conv, _, x_proj, dt_proj, _, A, _ = weights[::count]
-    return count * math.prod(x) * (conv[1] + x_proj[0] + dt_proj[1]), A, count
+    conv_weight, _, x_proj, dt_proj, _, A, _ = weights[::count]
+    forward, backward = mixer_flops(x, conv_weight, x_proj, dt_proj, A)
+    return count * forward, count * backward
 
 
-@register_flop_formula(mixers)
-def _flops(x, weights, orders, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    """As those of `fused_mixer`, for all orders."""
-    products, A, count = _counted(x, weights, orders)
-    return 2 * products + count * scan_flops(x, A, D=True)
+def _contiguous(t: Tensor) -> Tensor:
+    return t.new_empty(t.shape)
 
 
-@register_flop_formula(mixers_backward)
-def _backward_flops(grad, states, x, weights, orders, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    """As those of `fused_mixer_backward`, for all orders."""
-    products, A, count = _counted(x, weights, orders)
-    return 6 * products + count * scan_backward_flops(x, A, D=True)
+# The sum of `mamba_mixer` over orders: of tokens x (B, L, E) in memory order, which may be parts of longer rows; with
+# the seven kinds of weights of a mixer, of each the orders' own one after the other; the orders separated by commas.
+mixers = register(
+    "mixers",
+    "Tensor x, Tensor[] weights, str orders, SymInt nslices",
+    _forward,
+    _backward,
+    like=_contiguous,
+    states_shape=_states_shape,
+    check=_check,
+    flops=_flops,
+)
 
 
 def _launch_gate(kernel: str, tokens: Tensor, *arguments: Any, **more: int) -> None:
@@ -406,68 +362,37 @@ def _gated(y: Tensor, z: Tensor | None) -> Tensor:
     return out
 
 
-@define("silu_gate")
-def silu_gate(y: Tensor, z: Tensor) -> Tensor:
-    """The gate, y silu(z), of tokens (B, L, E)."""
+def _gate(y: Tensor, z: Tensor, _: Tensor) -> Tensor:
     return _gated(y.contiguous()[None], _rows(z))
 
 
-@define("silu_gate_backward")
-def silu_gate_backward(grad: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
-    """Gradients of both arguments of `silu_gate`."""
+def _gate_backward(grad: Tensor, _: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
     grad, y, z = grad.contiguous(), y.contiguous(), _rows(z)
     dy, dz = torch.empty_like(y), z.new_empty(z.shape)
     _launch_gate("gate_backward", y, grad, y, z, z.stride(1), dy, dz)
     return [dy, dz]
 
 
-@torch.library.register_fake("srlib::silu_gate")
-def _gate_fake(y, z):  # type: ignore[no-untyped-def]
-    return y.new_empty(y.shape)
+# The gate, y silu(z), of tokens (B, L, E).
+silu_gate = register("silu_gate", "Tensor y, Tensor z", _gate, _gate_backward, like=_contiguous)
 
 
-@torch.library.register_fake("srlib::silu_gate_backward")
-def _gate_backward_fake(grad, y, z):  # type: ignore[no-untyped-def]
-    return [y.new_empty(y.shape), z.new_empty(z.shape)]
-
-
-register_gradient(
-    "silu_gate",
-    lambda ctx, grad: tuple(silu_gate_backward(grad, *ctx.saved_tensors)),
-    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
-
-@define("project")
-def project(tokens: Tensor, weight: Tensor) -> Tensor:
-    """A linear map from tokens (B, L, E) by weight (C, E) to a map (B, C, L), in the tokens' type."""
+def _project(tokens: Tensor, weight: Tensor, _: Tensor) -> Tensor:
     return torch.bmm(weight.to(tokens.dtype).expand(len(tokens), -1, -1), tokens.mT)
 
 
-@define("project_backward")
-def project_backward(grad: Tensor, tokens: Tensor, weight: Tensor) -> list[Tensor]:
-    """Gradients of both arguments of `project`."""
+def _project_backward(grad: Tensor, _: Tensor, tokens: Tensor, weight: Tensor) -> list[Tensor]:
     grad = grad.contiguous()
     by_tokens = torch.bmm(grad.mT, weight.to(grad.dtype).expand(len(grad), -1, -1))
     by_weight = grad.transpose(0, 1).flatten(1) @ tokens.flatten(0, 1)
     return [by_tokens, by_weight.to(weight.dtype)]
 
 
-@torch.library.register_fake("srlib::project")
-def _project_fake(tokens, weight):  # type: ignore[no-untyped-def]
-    return tokens.new_empty(tokens.shape[0], weight.shape[0], tokens.shape[1])
-
-
-@torch.library.register_fake("srlib::project_backward")
-def _project_backward_fake(grad, tokens, weight):  # type: ignore[no-untyped-def]
-    return [tokens.new_empty(tokens.shape), torch.empty_like(weight)]
-
-
-register_gradient(
-    "project",
-    lambda ctx, grad: tuple(project_backward(grad, *ctx.saved_tensors)),
-    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+# A linear map from tokens (B, L, E) by weight (C, E) to a map (B, C, L), in the tokens' type.
+project = register(
+    "project", "Tensor tokens, Tensor weight", _project, _project_backward, like=_contiguous,
+    output=lambda tokens, weight: tokens.new_empty(len(tokens), len(weight), tokens.shape[1]),
+)  # fmt: skip
 
 
 def _norm_tile(channels: int) -> dict[str, int]:
@@ -476,12 +401,15 @@ def _norm_tile(channels: int) -> dict[str, int]:
     return {"CHANNELS": padded, "TOKENS": max(8, min(64, 4096 // padded)), "num_warps": 4}
 
 
-@define("channel_norm")
-def channel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm over the channels of a map x (B, C, L): tokens (B, L, C) of that type."""
+def _norm_output(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], dtype=dtype)
+
+
+def _norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, _: Tensor
+) -> Tensor:
     batch, channels, length = x.shape
-    out = x.new_empty(batch, length, channels, dtype=dtype)
-    tile = _norm_tile(channels)
+    out, tile = _norm_output(x, weight, bias, eps, dtype), _norm_tile(channels)
     with torch.cuda.device_of(x):
         _kernels().norm[-(-length // tile["TOKENS"]), batch](
             x, x.stride(), weight.float(), bias.float(), out, length, channels, eps, **tile
@@ -489,9 +417,9 @@ def channel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: tor
     return out
 
 
-@define("channel_norm_backward")
-def channel_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> list[Tensor]:
-    """Gradients by x, weight and bias."""
+def _norm_backward(
+    grad: Tensor, _: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> list[Tensor]:
     batch, channels, length = x.shape
     tile = _norm_tile(channels)
     programs = min(SUMS, -(-length // tile["TOKENS"]))
@@ -510,27 +438,11 @@ def channel_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -
             eps,
             **tile,
         )
-    by_weight, by_bias = sums.sum((0, 1)).unbind()
-    return [dx, by_weight.to(weight.dtype), by_bias.to(weight.dtype)]
+    return [dx, *(t.to(weight.dtype) for t in sums.sum((0, 1)))]
 
 
-@torch.library.register_fake("srlib::channel_norm")
-def _norm_fake(x, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], dtype=dtype)
-
-
-@torch.library.register_fake("srlib::channel_norm_backward")
-def _norm_backward_fake(grad, x, weight, eps):  # type: ignore[no-untyped-def]
-    return [torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)]
-
-
-def _norm_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, _, ctx.eps, _ = inputs
-    ctx.save_for_backward(x, weight)
-
-
-register_gradient(
-    "channel_norm",
-    lambda ctx, grad: (*channel_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None, None),
-    _norm_context,
-)
+# LayerNorm over the channels of a map x (B, C, L): tokens (B, L, C) of a type.
+channel_norm = register(
+    "channel_norm", "Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype",
+    _norm, _norm_backward, output=_norm_output,
+)  # fmt: skip
