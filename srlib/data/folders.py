@@ -13,18 +13,17 @@ file that `dataset.json` states the channels of, or files whose names end in `_0
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from glob import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
-from srlib.data.scans import stem
+from srlib.data.scans import CHANNEL, stem
 from srlib.files import DataError
 
-CHANNEL = re.compile(r"_\d{4}$")
 PAIRS = (("imagesTr", "labelsTr"), ("images", "labels"))
 LONGEST_NAME = 200  # bytes: files made from a case are named by it, and systems allow 255
 
@@ -75,6 +74,11 @@ def standard(folder: Path) -> Contents:
     try:
         if "training" in stated:
             cases = [_listed(folder, item) for item in stated["training"]]
+        elif "dataset" in stated:  # nnU-Net's second version, where files lie elsewhere
+            cases = [
+                Case(name, tuple(folder / image for image in of["images"]), folder / of["label"])
+                for name, of in stated["dataset"].items()
+            ]
         elif pairs:
             cases = _paired(*pairs[0])
         else:
@@ -146,13 +150,26 @@ def _meaning(stated: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, tuple[i
     classes = {}
     for name, values in stated.get("labels", {}).items():
         if str(name).isdigit() and isinstance(values, str):  # the Decathlon's order: value, name
-            name, values = values, int(name)
+            name, values = ("background" if name == "0" else values), int(name)
         if name == "ignore":
             raise ValueError("the label 'ignore' is not supported")
         if name in classes:
             raise ValueError(f"two classes of the name {name!r}")
-        classes[name] = tuple(values) if isinstance(values, list) else (int(values),)
-    return modalities, {name: values for name, values in classes.items() if values != (0,)}
+        classes[name] = tuple(map(_whole, values if isinstance(values, list) else [values]))
+        if classes[name] != (0,) if name == "background" else 0 in classes[name]:
+            raise ValueError(
+                f"class {name!r} has the value {values}; expected 0 for 'background' alone"
+            )
+    classes.pop("background", None)
+    return modalities, classes
+
+
+def _whole(value: Any) -> int:
+    """A label value, which JSON may hold as text."""
+    number = float(value)
+    if isinstance(value, bool) or not number.is_integer():
+        raise ValueError(f"the label value {value!r}; expected a whole number")
+    return int(number)
 
 
 def _listed(folder: Path, item: dict[str, str]) -> Case:
@@ -175,7 +192,11 @@ def _paired(images: Path, labels: Path) -> list[Case]:
     for name, label in _by_name(labels).items():
         files = [by_name[name]] if name in by_name else sorted(channels[name])
         if not files:
-            raise DataError(f"{label}: no image of this name in {images}")
+            likes = [
+                other for other in by_name if normalize("NFC", other) == normalize("NFC", name)
+            ]
+            spelt = f"; {likes[0]!a} there is another spelling of {name!a}" if likes else ""
+            raise DataError(f"{label}: no image of this name in {images}{spelt}")
         if name not in by_name and stem(files[-1]) != f"{name}_{len(files) - 1:04d}":
             got = ", ".join(file.name for file in files)
             raise DataError(

@@ -40,7 +40,8 @@ def values_in(path: Path, label: Scan, known: dict[int, str] | None = None) -> l
         wrong = found[~np.isin(found, [0, *known])]
         expected = ", ".join(f"{k} {name}" for k, name in {0: "background", **known}.items())
     if len(wrong) or np.count_nonzero(found) > MOST_VALUES:
-        listed = ", ".join(f"{value:g}" for value in (wrong if len(wrong) else found)[:5])
+        shown = (wrong if len(wrong) else found)[:5]
+        listed = ", ".join(np.format_float_positional(value, trim="-") for value in shown)
         raise DataError(f"{path}: unknown label values [{listed}]; expected {expected}")
     return [int(value) for value in found if value]
 

@@ -23,19 +23,19 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 from nibabel.affines import voxel_sizes
-from nibabel.orientations import io_orientation
 from numpy.typing import NDArray
 
 from srlib import files
 from srlib.data.catalog import Entry, check_classes, tuples
 from srlib.data.folders import Case, Contents, standard
 from srlib.data.labels import values_in
-from srlib.data.scans import Window, read_case
+from srlib.data.scans import Window, orientation, read_case
 from srlib.files import RECIPE, DataError, cache_dir, slug
 
 T = TypeVar("T")
 BATCH = 2  # patches of the training step that a patch size is planned for
 SMALLEST_PATCH, STEP = 40, 8  # voxels; the network's minimum is 33 along one axis
+FAR = 3.0  # times the median voxel size; a case beyond is named
 VOXELS_A_CASE = 2_000  # of the foreground, that intensities are taken from
 WATCHED = (".", "dataset.json", "imagesTr", "labelsTr", "images", "labels", "RawData/Training/img")
 
@@ -105,7 +105,7 @@ def _made(folder: Path, contents: Contents) -> Plan:
 def _measure(case: Case, channels: int, known: dict[int, str] | None) -> Measured:
     scans, label = read_case(case.images, case.label, channels)
     values = values_in(case.label, label, known)
-    axes = io_orientation(label.affine)[:, 0].astype(int)  # of each axis of the file
+    axes = orientation(label.affine)[:, 0].astype(int)  # of each axis of the file
     shape, spacing = np.empty(3, np.int64), np.empty(3)
     shape[axes], spacing[axes] = label.array.shape, voxel_sizes(label.affine)
     inside = np.stack([scan.array[label.array > 0] for scan in scans])
@@ -146,7 +146,28 @@ def _plan(folder: Path, contents: Contents, measured: list[Measured]) -> Plan:
         median_size=_three(size.tolist()),
     )
     voxels = f"working voxels of {_times(spacing)} mm, the median; a median case has {_times(size.round())}"
-    return Plan(entry, (*_said(entry, measured), voxels))
+    return Plan(entry, (*_said(entry, measured), *_spread(measured, spacing), voxels))
+
+
+def _spread(measured: list[Measured], median: Sequence[float]) -> list[str]:
+    """Say how far the voxel sizes of the cases lie apart, and which cases are far from the others."""
+    sizes = np.array([case.spacing for case in measured])
+    if np.allclose(sizes, sizes[0], rtol=1e-3):
+        return []
+    ranges = zip(sizes.min(axis=0), sizes.max(axis=0), strict=True)
+    lines = ["voxels in the files: " + " x ".join(f"{a:.4g} .. {b:.4g}" for a, b in ranges) + " mm"]
+    far = np.abs(np.log(sizes / median)).max(axis=1) > np.log(FAR)
+    if far.any():
+        ids = [
+            f"{case.id} ({_times(case.spacing.round(4))})"
+            for case, yes in zip(measured, far, strict=True)
+            if yes
+        ]
+        lines.append(
+            f"{len(ids)} cases with voxels over {FAR:g} times larger or smaller than the median; are their units right?"
+            f" {', '.join(ids[:5])}"
+        )
+    return lines
 
 
 def _said(entry: Entry, measured: list[Measured]) -> list[str]:

@@ -2,13 +2,16 @@
 
     file or folder --read--> Scan(array, affine) --prepare--> tensor (C, X, Y, Z) on the working grid
 
-NIfTI is read by nibabel; NRRD, MetaImage and DICOM series by SimpleITK. Whatever the file says, an
-affine here takes voxel indices to mm towards right, anterior and superior (RAS). Training and
-prediction call the same `prepare`, so a network never sees a scan that was prepared otherwise.
+NIfTI is read by nibabel; NRRD, MetaImage and DICOM series (`srlib.data.dicom`) by SimpleITK. Whatever
+the file says, an affine here takes voxel indices to mm towards right, anterior and superior (RAS).
+Training and prediction call the same `prepare`, so a network never sees a scan that was prepared otherwise.
 """
 
 from __future__ import annotations
 
+import gzip
+import itertools
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 import nibabel as nib
 import numpy as np
 from nibabel import orientations
-from nibabel.affines import voxel_sizes
+from nibabel.affines import apply_affine, voxel_sizes
 from numpy.typing import NDArray
 
 from srlib.files import DataError
@@ -39,12 +42,25 @@ DATA_FILE = re.compile(
 )
 MOST_HEADER = 1 << 20  # bytes of a header
 SAME_GRID = 1e-3  # mm (of origins) and 1 (of directions): closer affines are one grid
+SAME_SIZE = 1e-2  # share by which two statements of a voxel's size may differ
+UNITS = {
+    0: 1.0,
+    1: 1e3,
+    2: 1.0,
+    3: 1e-3,
+}  # mm in a unit of NIfTI: not stated (as mm), m, mm, micrometre
+CHANNEL = re.compile(r"_(\d{4})$")  # the number at the end of a file's name, as nnU-Net's
+GEOMETRY = (  # of a NIfTI header
+    *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
+logger = logging.getLogger("srlib")
 
 
 class Scan(NamedTuple):
     """One channel, or a label map: voxels and where they are."""
 
-    array: NDArray[np.float32]  # (X, Y, Z)
+    array: NDArray[Any]  # (X, Y, Z); float32, of labels as they are stored
     affine: NDArray[np.float64]  # (4, 4), voxel indices to mm, RAS
 
 
@@ -72,16 +88,19 @@ def stem(path: Path) -> str:
     return ""
 
 
-def read(path: Path, dimensions: int = 3) -> Scan:
+def read(path: Path, dimensions: int = 3, labels: bool = False) -> Scan:
     """Read a file of one of `ENDINGS`, or a folder that holds one DICOM series.
 
     Args:
         path: file or folder.
-        dimensions: 3; 4 for a NIfTI file that holds all channels of a case, array (X, Y, Z, C).
+        dimensions: 3; 4 for a NIfTI file that holds all channels of a case, array (X, Y, Z, C). Further axes of
+            length 1 are dropped.
+        labels: keep the type of the voxels, so that no label value is rounded.
 
     Raises:
-        DataError: cannot be read (truncated, of another format, not there), other dimensions, voxel
-            sizes that are not positive, a singular affine, voxels that are NaN or infinite.
+        DataError: cannot be read (truncated, of another format, not there), other dimensions, no voxels, voxel
+            sizes that are not positive or that contradict the affine, a singular affine, voxels that are NaN or
+            infinite.
     """
     path = Path(path)
     try:
@@ -91,15 +110,28 @@ def read(path: Path, dimensions: int = 3) -> Scan:
     except Exception as error:  # nibabel, ITK and the decompressors know many kinds of broken file
         reason = (str(error).strip() or "no reason given").splitlines()[-1]
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {reason})") from error
+    while array.ndim > dimensions and array.shape[-1] == 1:
+        array = array[..., 0]
     if array.ndim != dimensions:
         raise DataError(f"{path}: expected {dimensions} dimensions, got shape {array.shape}")
+    if not array.size:
+        raise DataError(f"{path}: holds no voxel, its shape is {array.shape}")
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
         raise DataError(f"{path}: expected voxel sizes above 0 mm, got {spacing.tolist()}")
-    if not (np.isfinite(affine).all() and abs(np.linalg.det(affine)) > 1e-9):
+    sizes = voxel_sizes(affine)
+    if not (np.isfinite(affine).all() and sizes.all()):
         raise DataError(f"{path}: its affine is singular or not finite")
+    if abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-3:
+        raise DataError(f"{path}: its affine is singular or not finite")
+    if not np.allclose(sizes, spacing, rtol=SAME_SIZE):
+        stated, of_affine = (" x ".join(f"{x:.5g}" for x in xs) for xs in (spacing, sizes))
+        raise DataError(
+            f"{path}: states voxels of {stated} mm, but its affine (sform or qform) has {of_affine} mm;"
+            " correct the one that is wrong"
+        )
     if bad := array.size - np.count_nonzero(np.isfinite(array)):
         raise DataError(f"{path}: {bad} voxels are NaN or infinite")
-    return Scan(array, affine)
+    return Scan(array if labels else np.asarray(array, np.float32), affine)
 
 
 def read_channels(paths: Sequence[Path], channels: int) -> list[Scan]:
@@ -108,6 +140,8 @@ def read_channels(paths: Sequence[Path], channels: int) -> list[Scan]:
     Raises:
         DataError: as `read`; a number of channels, a shape or an affine that is not the first's.
     """
+    if len(paths) != channels and (missing := _missing(paths, channels)):
+        raise DataError(f"{paths[0]}: expected {channels} channels; {', '.join(missing)} missing")
     if len(paths) == 1 and channels > 1:
         whole = read(paths[0], dimensions=4)
         if whole.array.shape[3] != channels:
@@ -119,6 +153,16 @@ def read_channels(paths: Sequence[Path], channels: int) -> list[Scan]:
     for path, scan in zip(paths, scans, strict=True):
         require_same_grid(path, scan, paths[0], scans[0])
     return scans
+
+
+def _missing(paths: Sequence[Path], channels: int) -> list[str]:
+    """Names of the channels' files that are not there, where those that are have numbers."""
+    found = [CHANNEL.search(stem(path)) for path in paths]
+    if not all(found) or len(paths) > channels:
+        return []
+    here = {int(number[1]) for number in found if number}
+    name = CHANNEL.sub("", stem(paths[0]))
+    return [f"{name}_{k:04d}" for k in range(channels) if k not in here]
 
 
 def read_case(images: Sequence[Path], label: Path, channels: int) -> tuple[list[Scan], Scan]:
@@ -137,7 +181,10 @@ def read_case(images: Sequence[Path], label: Path, channels: int) -> tuple[list[
             faults.append(str(error))
             return None
 
-    scans, labels = tried(lambda: read_channels(images, channels)), tried(lambda: read(label))
+    scans, labels = (
+        tried(lambda: read_channels(images, channels)),
+        tried(lambda: read(label, labels=True)),
+    )
     if scans and labels:
         tried(lambda: require_same_grid(label, labels, images[0], scans[0]))
     for number, scan in enumerate(scans or []):
@@ -155,96 +202,150 @@ def require_same_grid(path: Path, scan: Scan, other_path: Path, other: Scan) -> 
             f"{path}: its shape is {scan.array.shape}, that of {other_path} {other.array.shape}"
         )
     if not np.allclose(scan.affine, other.affine, atol=SAME_GRID):
-        raise DataError(f"{path}: its affine is not that of {other_path}")
+        corners = np.array(list(itertools.product(*[(0, n - 1) for n in scan.array.shape[:3]])))
+        apart = apply_affine(scan.affine, corners) - apply_affine(other.affine, corners)
+        off = np.linalg.norm(apart, axis=1).max()
+        raise DataError(
+            f"{path}: its affine is not that of {other_path}: voxels lie up to {off:.3g} mm apart"
+        )
 
 
-def _load(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
+def _load(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
     """Voxels (scaled as the header says), affine and the voxel sizes (mm) that the header states."""
     if path.is_dir():
-        return _from_itk(_dicom_series(path))
+        from srlib.data import dicom
+
+        slices, affine = dicom.read(path)
+        return slices, LPS_TO_RAS @ affine, voxel_sizes(affine)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if not stem(path):
         known = ", ".join(ENDINGS)
         raise DataError(f"{path}: expected one of {known}, or a folder with a DICOM series")
-    if not path.name.lower().endswith(NIFTI):
+    if path.name.lower().endswith(NIFTI):
+        return _from_nifti(path)
+    import SimpleITK as sitk
+
+    _refuse_data_elsewhere(path)
+    return _from_itk(sitk.ReadImage(str(path), imageIO=_itk_reader(path)))
+
+
+def _itk_reader(path: Path) -> str:
+    """Name of ITK's reader, which by itself knows no ending in capitals."""
+    return "NrrdImageIO" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImageIO"
+
+
+def _from_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
+    """As `_load`, of NIfTI-1 or NIfTI-2, compressed or not, whatever the ending says."""
+    with _opened(path) as file:
+        image = _nifti_class(file).from_stream(file)
+        if image.get_data_dtype().kind not in "biuf":
+            raise DataError(f"{path}: expected one number a voxel, got {image.get_data_dtype()}")
+        array = np.asarray(image.dataobj)
+        file.seek(0)
+        header = type(image.header).from_fileobj(file, check=False)  # nibabel mends sizes silently
+    unit = UNITS.get(int(header["xyzt_units"]) & 7)
+    if unit is None:
+        raise DataError(f"{path}: an unknown unit of length, xyzt_units {header['xyzt_units']}")
+    affine = np.asarray(image.affine, np.float64)
+    sform, qform = int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
+    if sform and qform and not header.get_sform().any(axis=1)[:3].all():
+        affine = np.asarray(image.get_qform(), np.float64)  # the other one is empty
+    elif not (sform or qform):
+        logger.warning(
+            "%s: states no orientation (sform_code and qform_code are 0): its axes are taken to point left,"
+            " anterior and superior, and left and right may be exchanged",
+            path,
+        )
+    spacing = np.asarray(header["pixdim"][1:4], np.float64)
+    return array, np.diag([unit, unit, unit, 1]) @ affine, unit * spacing
+
+
+def _opened(path: Path) -> Any:
+    """A file of NIfTI for reading, compressed or not."""
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if compressed else path.open("rb")
+
+
+def _nifti_class(file: Any) -> Any:
+    second = file.read(4) in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # 540 bytes of header
+    file.seek(0)
+    return nib.Nifti2Image if second else nib.Nifti1Image
+
+
+def write_labels(
+    array: NDArray[np.unsignedinteger], affine: NDArray[np.float64], like: Path, path: Path
+) -> None:
+    """Write a label map on the grid of a scan, in the format that `path` ends with.
+
+    Of the scan's header it takes the geometry alone: no description, extension or intent, which may name a patient.
+
+    Args:
+        array: labels (X, Y, Z), in the order of the scan's voxels.
+        affine: (4, 4) of the scan, as `read` gives it.
+        like: the scan, a file or a folder of DICOM.
+        path: where it goes.
+    """
+    if not path.name.endswith(NIFTI):
         import SimpleITK as sitk
 
-        _refuse_data_elsewhere(path)
-        return _from_itk(sitk.ReadImage(str(path)))
-    image = nib.Nifti1Image.from_filename(path)
-    if image.get_data_dtype().kind not in "biuf":
-        raise DataError(f"{path}: expected one number a voxel, got {image.get_data_dtype()}")
-    array = np.asarray(image.dataobj).astype(np.float32)
-    with nib.openers.ImageOpener(str(path)) as file:  # nibabel mends wrong voxel sizes silently
-        header = nib.Nifti1Header.from_fileobj(file, check=False)
-    spacing = np.asarray(header["pixdim"][1:4], np.float64)
-    return array, np.asarray(image.affine, np.float64), spacing
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO(_itk_reader(like))
+        reader.SetFileName(str(like))
+        reader.ReadImageInformation()
+        image = sitk.GetImageFromArray(array.T)  # ITK names the last axis first
+        image.SetOrigin(reader.GetOrigin())
+        image.SetSpacing(reader.GetSpacing())
+        image.SetDirection(reader.GetDirection())
+        sitk.WriteImage(image, str(path), useCompression=True)
+        return
+    if like.is_dir():  # DICOM: the scanner's coordinates, in mm
+        nifti = nib.Nifti1Image(array, affine)
+        nifti.set_sform(affine, "scanner")
+        nifti.set_qform(affine, "scanner", strip_shears=True)
+        nifti.header.set_xyzt_units("mm")
+    else:
+        with _opened(like) as file:
+            kind = _nifti_class(file)
+            source = kind.header_class.from_fileobj(file)
+        header = kind.header_class()
+        for field in GEOMETRY:
+            header[field] = source[field]
+        nifti = kind(array, None, header, dtype=array.dtype)
+    nib.save(nifti, path)
 
 
 def _refuse_data_elsewhere(path: Path) -> None:
-    """`DataError` when the header of an NRRD or MetaImage file names a file of voxels that is not beside it."""
+    """`DataError` when the header of an NRRD or MetaImage file names a file of voxels that is not there, beside it."""
     with path.open("rb") as file:
         header = file.read(MOST_HEADER).decode("latin-1")
-    if path.suffix.lower() in (
-        ".nrrd",
-        ".nhdr",
-    ):  # a blank line ends it; MetaImage goes on after one
+    if path.suffix.lower() in (".nrrd", ".nhdr"):  # a blank line ends it; MetaImage goes on
         header = re.split(r"\r?\n\r?\n", header, maxsplit=1)[0]
     for found in DATA_FILE.finditer(header):
-        names = (
-            [found[1]] if found[1].split()[:1] != ["LIST"] else header[found.end() :].split("\n")
-        )
-        for name in names:
-            place = os.path.normpath(path.parent / name.strip())
-            if not Path(place).is_relative_to(os.path.normpath(path.parent)):
-                raise DataError(
-                    f"{path}: its voxels are in {name.strip()}; expected a file beside it"
-                )
+        listed = found[1].split()[:1] == ["LIST"]
+        for line in header[found.end() :].splitlines() if listed else [found[1]]:
+            name = line.strip()
+            place = Path(os.path.normpath(path.parent / name))
+            if not place.is_relative_to(os.path.normpath(path.parent)):
+                raise DataError(f"{path}: its voxels are in {name}; expected a file beside it")
+            if name and name.upper() != "LOCAL" and "%" not in name and not place.is_file():
+                raise DataError(f"{path}: its voxels are in {name}, which is not there")
 
 
-def _from_itk(
-    image: Any,
-) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
+def _from_itk(image: Any) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
     """As `_load`, of an image in ITK's coordinates."""
     import SimpleITK as sitk
 
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise ValueError(f"expected one number a voxel, got {image.GetPixelIDTypeAsString()}")
-    array = sitk.GetArrayFromImage(sitk.Cast(image, sitk.sitkFloat32)).T  # (Z, Y, X) -> (X, Y, Z)
+    array = sitk.GetArrayFromImage(image).T  # (Z, Y, X) -> (X, Y, Z)
     size, spacing = image.GetDimension(), np.array(image.GetSpacing())
     affine = np.eye(4)
     if size == 3:
         affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * spacing
         affine[:3, 3] = image.GetOrigin()
     return array, LPS_TO_RAS @ affine, spacing
-
-
-def _dicom_series(folder: Path) -> Any:
-    """The one series of a folder, its slices in the order of their places."""
-    import SimpleITK as sitk
-
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if len(series) != 1:
-        raise DataError(f"{folder}: expected the files of one DICOM series, got {len(series)}")
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-    places = np.array([_slice_place(file) for file in files])
-    steps = np.linalg.norm(np.diff(places, axis=0), axis=1)
-    if len(steps) and np.ptp(steps) > 0.01 * steps.max():
-        raise DataError(
-            f"{folder}: its slices are {steps.min():.3g} to {steps.max():.3g} mm apart; expected equal steps"
-        )
-    return sitk.ReadImage(files)
-
-
-def _slice_place(file: str) -> tuple[float, ...]:
-    """Where the first voxel of a slice is, mm."""
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(file)
-    reader.ReadImageInformation()
-    return reader.GetOrigin()
 
 
 # --- What the network is given --------------------------------------------------------------------
@@ -277,7 +378,7 @@ def regrid(scan: Scan, spacing: Sequence[float], labels: bool = False) -> Scan:
     (labels: the nearest is taken); the first voxel's centre stays, and beyond the last one's the
     border is repeated. Memory: some copies of input and output, no grid of coordinates.
     """
-    turn = orientations.io_orientation(scan.affine)
+    turn = orientation(scan.affine)
     array = orientations.apply_orientation(scan.array, turn)
     affine = scan.affine @ orientations.inv_ornt_aff(turn, scan.array.shape)
     old, new = voxel_sizes(affine), np.asarray(spacing, np.float64)
@@ -299,6 +400,31 @@ def regrid(scan: Scan, spacing: Sequence[float], labels: bool = False) -> Scan:
     )
     affine = np.column_stack([affine[:, :3] * (new / old), affine[:, 3]])
     return Scan(sitk.GetArrayFromImage(resampled), affine)
+
+
+def orientation(affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Find for each axis of an array the one of right, anterior, superior that it is nearest to, and its direction.
+
+    As nibabel's `io_orientation`, but where two choices are equally near, as at 45 degrees, the choice depends on the
+    directions in space alone, not on the order in which a file stores them.
+
+    Args:
+        affine: (4, 4), voxel indices to mm, RAS.
+
+    Returns:
+        nibabel's orientation array (3, 2): the axis in space, and 1 or -1.
+    """
+    directions = affine[:3, :3] / voxel_sizes(affine)
+
+    def nearness(axes: tuple[int, ...]) -> tuple[float, ...]:
+        """Sum of cosines; then, among equals, the directions of the reordered axes."""
+        turned = np.empty((3, 3))
+        for k, axis in enumerate(axes):
+            turned[:, axis] = directions[:, k] * (np.sign(directions[axis, k]) or 1)
+        return (round(np.trace(turned), 6), *turned.round(6).ravel())
+
+    axes = max(itertools.permutations(range(3)), key=nearness)
+    return np.array([(axis, np.sign(directions[axis, k]) or 1) for k, axis in enumerate(axes)])
 
 
 def normalise(image: NDArray[Any], how: Normalisation = "scan") -> NDArray[np.float32]:

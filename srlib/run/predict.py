@@ -17,9 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
-import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -303,28 +301,4 @@ def write_mask(mask: Mask, like: Path, path: Path, overwrite: bool = False) -> N
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path}: is there already; --overwrite replaces it")
     with atomic_path(path) as temporary:
-        if not path.name.endswith(images.NIFTI):
-            sitk.WriteImage(_itk_mask(mask, like), str(temporary), useCompression=True)
-        elif like.is_dir():  # DICOM: the scanner's coordinates, in mm
-            nifti = nib.Nifti1Image(mask.array, mask.affine)
-            nifti.set_sform(mask.affine, "scanner")
-            nifti.set_qform(mask.affine, "scanner")
-            nifti.header.set_xyzt_units("mm")
-            nib.save(nifti, temporary)
-        else:
-            header = nib.Nifti1Image.from_filename(like).header
-            nifti = nib.Nifti1Image(mask.array, mask.affine, header, dtype=mask.array.dtype)
-            nifti.header["cal_min"] = nifti.header["cal_max"] = 0  # the scan's grey values
-            nib.save(nifti, temporary)
-
-
-def _itk_mask(mask: Mask, like: Path) -> sitk.Image:
-    """The mask with the geometry that the file of the scan states."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(like))
-    reader.ReadImageInformation()
-    image = sitk.GetImageFromArray(mask.array.T)  # ITK names the last axis first
-    image.SetOrigin(reader.GetOrigin())
-    image.SetSpacing(reader.GetSpacing())
-    image.SetDirection(reader.GetDirection())
-    return image
+        images.write_labels(mask.array, mask.affine, like, temporary)

@@ -547,7 +547,7 @@ BAD_FOLDERS = {
         f"{LABEL}: no such file",
     ),
     "2D": (_edit(LABEL, lambda a, m: (a[0], m)), f"{LABEL}: expected 3 dimensions"),
-    "4D": (_edit(IMAGE, lambda a, m: (a[..., None], m)), f"{IMAGE}: expected 3 dimensions"),
+    "4D": (_edit(IMAGE, lambda a, m: (np.stack([a, a], -1), m)), f"{IMAGE}: expected 3 dimensions"),
     "shapes differ": (_edit(LABEL, lambda a, m: (a[1:], m)), f"{LABEL}: its shape is (14, 22, 18)"),
     "affines differ": (
         _edit(LABEL, lambda a, m: (a, 2 * m)),
@@ -574,7 +574,7 @@ BAD_FOLDERS = {
     "image without label": (_remove(LABEL), f"{IMAGE}: no label of this name in"),
     "channel missing": (
         _json(channel_names={"0": "T1", "1": "T2"}),
-        "case_0_0000.nii.gz: expected 4 dimensions",
+        "case_0_0000.nii.gz: expected 2 channels; case_0_0001 missing",
     ),
     "channels with a gap": (
         _copy(IMAGE, IMAGE.replace("_0000", "_0002")),

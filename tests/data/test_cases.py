@@ -186,7 +186,11 @@ FAULTS = {
     "not gzip": ("label", lambda path: path.write_bytes(b"no image" * 99), "cannot be read"),
     "empty file": ("label", lambda path: path.write_bytes(b""), "cannot be read"),
     "2D": ("label", lambda p: _rewrite(p, lambda a, m: (a[0], m)), "expected 3 dimensions"),
-    "4D": ("image", lambda p: _rewrite(p, lambda a, m: (a[..., None], m)), "expected 3 dimensions"),
+    "4D": (
+        "image",
+        lambda p: _rewrite(p, lambda a, m: (np.stack([a, a], -1), m)),
+        "expected 3 dimensions",
+    ),
     "shape": ("label", lambda p: _rewrite(p, lambda a, m: (a[1:], m)), "its shape is (14, 22, 18)"),
     "affine": ("label", lambda p: _rewrite(p, lambda a, m: (a, np.diag([2, 1, 1, 1]))), "affine"),
     "NaN": ("image", lambda p: _rewrite(p, _put(np.nan)), "1 voxels are NaN or infinite"),

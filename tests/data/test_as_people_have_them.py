@@ -1,0 +1,357 @@
+"""Scans and folders as people have them: read right, or refused in words that help. Two and more of each kind."""
+
+import gzip
+import json
+import unicodedata
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scan_files import write, write_pairs
+
+from srlib.data import plans, scans
+from srlib.files import DataError
+from srlib.run import predict
+
+VOXELS = np.random.default_rng(0).normal(100, 20, (20, 24, 12)).astype(np.float32)
+LABELS = np.zeros(VOXELS.shape, np.uint8)
+LABELS[5:10, 5:15, 3:8], LABELS[10:14, 5:15, 3:8] = 1, 2
+AXIAL = (1, 0, 0, 0, 1, 0)
+
+
+def dicom(folder: Path, places, directions=AXIAL, numbers=None, **tags) -> Path:
+    """A series with a slice at each place (mm, LPS); `numbers` go into the files' names."""
+    folder.mkdir(exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for k, place in enumerate(places):
+        image = sitk.GetImageFromArray(np.full((24, 20), 1000 + k, np.int16))
+        image.SetSpacing((0.8, 0.8))
+        turn = directions[k] if isinstance(directions[0], tuple) else directions
+        stated = {
+            "0008|0060": "MR",
+            "0008|0016": "1.2.840.10008.5.1.4.1.1.4",
+            "0020|000e": "1.2.3",
+            "0020|000d": "1.2",
+            "0008|0018": f"1.2.3.{k}",
+            "0020|0013": str(k),
+            "0018|0050": "8",
+            "0020|0032": "\\".join(map(str, place)),
+            "0020|0037": "\\".join(map(str, turn)),
+            **{tag.replace("_", "|"): value for tag, value in tags.items()},
+        }
+        for tag, value in stated.items():
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{numbers[k] if numbers else k:03d}.dcm"))
+        writer.Execute(image)
+    return folder
+
+
+def nifti(path: Path, array=VOXELS, affine=None, **fields) -> Path:
+    """A NIfTI file whose header has these fields, byte by byte."""
+    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    raw = bytearray(path.read_bytes())
+    header = np.frombuffer(raw, nib.nifti1.header_dtype, count=1)
+    for name, value in fields.items():
+        header[name] = value
+    path.write_bytes(raw)
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        scans.read(path)
+    return str(caught.value)
+
+
+# --- Series -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tilt", [0.73, -0.65])
+def test_a_tilted_gantry_gives_a_sheared_affine(tmp_path, tilt):
+    scan = scans.read(dicom(tmp_path / "ct", [(0, tilt * k, 2 * k) for k in range(10)]))
+    np.testing.assert_allclose(scan.affine[:3, 2], (0, -tilt, 2), atol=1e-6)
+    np.testing.assert_allclose(scan.affine[:3, 0], (-0.8, 0, 0), atol=1e-6)
+    assert scan.array[0, 0].tolist() == [*range(1000, 1010)]
+
+
+def test_slices_come_in_the_order_of_their_places_whatever_their_names(tmp_path):
+    order = [3, 0, 4, 1, 2]
+    series = dicom(tmp_path / "mr", [(0, 0, -2.5 * k) for k in order], numbers=[9, 8, 1, 5, 2])
+    scan = scans.read(series)
+    assert scan.array[0, 0].tolist() == [1002, 1000, 1004, 1003, 1001]
+    np.testing.assert_allclose(scan.affine[:3, 2:], [[0, 0], [0, 0], [2.5, -10]], atol=1e-6)
+
+
+NOT_A_VOLUME = {
+    "cine": ({"places": [(-50, -60, 20)] * 12}, "lie at one place; .*dcm2niix"),
+    "two echoes": ({"places": [(0, 0, k // 2) for k in range(8)]}, "lie at one place"),
+    "a slice aside": (
+        {"places": [(0.5 * (k == 3), 0, 2 * k) for k in range(6)]},
+        "2 to 2.06 mm apart|003.dcm lies 0.5 mm off",
+    ),
+    "slices that drift": (
+        {"places": [(0.005 * k * k, 0, 2 * k) for k in range(9)]},
+        "mm off its place",
+    ),
+    "a missing slice": ({"places": [(0, 0, k) for k in (0, 1, 2, 4)]}, "expected equal steps"),
+    "planes that turn": (
+        {"places": [(0, 0, k) for k in range(2)], "directions": (AXIAL, (1, 0, 0, 0, 0, 1))},
+        "differ in size, voxels or direction",
+    ),
+    "a mosaic": (
+        {"places": [(0, 0, 0)], "0008_0008": "ORIGINAL\\PRIMARY\\M\\MOSAIC"},
+        "a mosaic of slices; convert it with dcm2niix",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_A_VOLUME)
+def test_slices_that_are_no_regular_grid_are_refused(tmp_path, kind):
+    settings, message = NOT_A_VOLUME[kind]
+    with pytest.raises(DataError, match=message):
+        scans.read(dicom(tmp_path / "series", **settings))
+
+
+def test_a_multi_frame_file_is_named_with_what_to_do(tmp_path):
+    sitk.WriteImage(
+        sitk.GetImageFromArray(VOXELS.T.astype(np.uint16)), str(tmp_path / "frames.dcm")
+    )
+    assert refusal(tmp_path) == (
+        f"{tmp_path / 'frames.dcm'}: multi-frame DICOM; convert it with dcm2niix first"
+    )
+
+
+def test_every_file_of_a_series_folder_is_accounted_for(tmp_path, caplog):
+    series = dicom(tmp_path / "mr", [(0, 0, k) for k in range(4)])
+    (series / "notes.txt").write_text("made on a Tuesday")
+    (series / ".DS_Store").touch()
+    assert scans.read(series).array.shape == (20, 24, 4)
+    assert "not DICOM and passed over: notes.txt" in caplog.text
+    whole = (series / "000.dcm").read_bytes()
+    (series / "cut").write_bytes(whole[: len(whole) // 2])
+    (series / "report.dcm").write_bytes(bytes(128) + b"DICM")
+    dicom(series / "more", [(0, 0, 9)])
+    said = refusal(series).splitlines()
+    assert [line.partition(":")[0] for line in said] == [
+        str(series / "cut"), str(series / "report.dcm"), str(series)
+    ]  # fmt: skip
+    assert "in the folders more" in said[-1]
+
+
+def test_slopes_that_differ_by_slice_keep_fractions(tmp_path):
+    ct = {"0008_0060": "CT", "0008_0016": "1.2.840.10008.5.1.4.1.1.2"}
+    folder = dicom(tmp_path / "ct", [(0, 0, k) for k in range(3)], **ct)
+    for k, slope in enumerate((b"0.25", b"0.5 ", b"1.75")):  # ITK writes whole numbers only
+        content = (folder / f"{k:03d}.dcm").read_bytes()
+        before, tag, after = content.partition(b"\x28\x00\x53\x10")
+        length = int.from_bytes(after[:4], "little")
+        slope = len(slope).to_bytes(4, "little") + slope
+        (folder / f"{k:03d}.dcm").write_bytes(before + tag + slope + after[4 + length :])
+    assert scans.read(folder).array[0, 0].tolist() == [250, 500.5, 1753.5]
+
+
+# --- NIfTI's redundant geometry and units -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("pixdim", [(1.3158, 1.3158, 10), (1, 1, 3)])
+def test_sizes_that_contradict_each_other_are_both_named(tmp_path, pixdim):
+    path = nifti(tmp_path / "a.nii", pixdim=[1, *pixdim, 0, 0, 0, 0], sform_code=1, qform_code=1)
+    said = " x ".join(f"{size:g}" for size in pixdim)
+    assert f"states voxels of {said} mm, but its affine (sform or qform) has 1 x 1 x 1 mm" in (
+        refusal(path)
+    )
+
+
+@pytest.mark.parametrize(("unit", "size"), [(1, 0.0011), (2, 1.1), (3, 1100), (0, 1.1)])
+def test_lengths_are_in_millimetres_whatever_the_unit(tmp_path, unit, size):
+    path = nifti(tmp_path / "a.nii", affine=np.diag([size] * 3 + [1]), xyzt_units=unit)
+    np.testing.assert_allclose(scans.read(path).affine[:3, :3], 1.1 * np.eye(3), rtol=1e-6)
+    predict.write_mask(predict.Mask(LABELS, np.eye(4)), path, tmp_path / "mask.nii.gz")
+    assert nib.load(tmp_path / "mask.nii.gz").header["xyzt_units"] == unit
+    np.testing.assert_allclose(scans.read(tmp_path / "mask.nii.gz").affine, scans.read(path).affine)
+
+
+def test_an_unknown_unit_is_refused(tmp_path):
+    assert "unknown unit of length" in refusal(nifti(tmp_path / "a.nii", xyzt_units=5))
+
+
+def test_small_voxels_are_no_singular_affine(tmp_path):
+    affine = np.diag([0.0005] * 3 + [1.0])
+    np.testing.assert_allclose(scans.read(nifti(tmp_path / "a.nii", affine=affine)).affine, affine)
+
+
+def test_an_orientation_that_is_not_stated_is_told(tmp_path, caplog):
+    scans.read(nifti(tmp_path / "a.nii", qform_code=0, sform_code=0))
+    assert "left and right may be exchanged" in caplog.text
+
+
+def test_an_empty_sform_leaves_the_qform(tmp_path):
+    affine = np.array([[0, -2.0, 0, 3], [1, 0, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]])
+    zeros = dict.fromkeys(("srow_x", "srow_y", "srow_z"), 0)
+    image = nib.Nifti1Image(VOXELS, affine)
+    image.set_qform(affine, 1)
+    nib.save(image, tmp_path / "a.nii")
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    header = np.frombuffer(raw, nib.nifti1.header_dtype, count=1)
+    for name, value in zeros.items():
+        header[name] = value
+    (tmp_path / "a.nii").write_bytes(raw)
+    np.testing.assert_allclose(scans.read(tmp_path / "a.nii").affine, affine, atol=1e-5)
+
+
+def test_no_voxels_are_one_line(tmp_path):
+    path = nifti(tmp_path / "a.nii", dim=[3, 20, 0, 12, 1, 1, 1, 1])
+    assert refusal(path) == f"{path}: holds no voxel, its shape is (20, 0, 12)"
+
+
+# --- Formats and names ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["S.MHA", "S.NRRD", "S.NII", "S.Nii.Gz"])
+def test_endings_in_capitals(tmp_path, name):
+    affine = np.diag([1, 2, 3, 1.0])
+    path = write(tmp_path / name.lower(), VOXELS, affine).rename(tmp_path / name)
+    np.testing.assert_array_equal(scans.read(path).array, VOXELS)
+    mask = predict.target(tmp_path / "masks", "s", [path])
+    mask.parent.mkdir()
+    predict.write_mask(predict.Mask(LABELS, affine), path, mask)
+    np.testing.assert_allclose(scans.read(mask).affine, affine)
+
+
+@pytest.mark.parametrize("second", [True, False])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_nifti_is_known_by_its_content(tmp_path, second, ending):
+    kind = nib.Nifti2Image if second else nib.Nifti1Image
+    content = kind(VOXELS[..., None], np.eye(4)).to_bytes()
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(gzip.compress(content) if ending == ".nii" else content)  # the wrong way round
+    np.testing.assert_array_equal(scans.read(path).array, VOXELS)
+    predict.write_mask(predict.Mask(LABELS, np.eye(4)), path, tmp_path / "mask.nii.gz")
+    assert type(nib.load(tmp_path / "mask.nii.gz")) is kind
+
+
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
+def test_a_header_without_its_voxels_names_them(tmp_path, ending):
+    path = write(tmp_path / f"a{ending}", VOXELS, np.eye(4))
+    (voxels,) = set(tmp_path.iterdir()) - {path}
+    voxels.unlink()
+    assert refusal(path) == f"{path}: its voxels are in {voxels.name}, which is not there"
+
+
+def test_a_mask_takes_geometry_alone_from_the_scan(tmp_path):
+    image = nib.Nifti1Image(VOXELS, np.diag([1, 2, 3, 1.0]))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"PatientName: NOBODY"))
+    image.header["intent_code"], image.header["descrip"] = 1001, b"NOBODY"
+    nib.save(image, tmp_path / "a.nii")
+    predict.write_mask(
+        predict.Mask(LABELS, image.affine), tmp_path / "a.nii", tmp_path / "mask.nii.gz"
+    )
+    content = gzip.decompress((tmp_path / "mask.nii.gz").read_bytes())
+    assert b"NOBODY" not in content
+    mask = nib.load(tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(mask.affine, image.affine)
+    assert mask.get_data_dtype() == np.uint8
+    assert int(mask.header["intent_code"]) == 0
+
+
+def test_the_working_grid_of_a_scan_at_45_degrees_does_not_depend_on_its_storage():
+    c = np.sqrt(0.5)
+    affine = np.eye(4)
+    affine[:3, :3] = [[c, -c, 0], [c, c, 0], [0, 0, 1]]
+    expected = scans.regrid(scans.Scan(VOXELS, affine), (1, 1, 1))
+    for flips in range(8):
+        for order in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
+            turn = np.column_stack([order, [1 - 2 * (flips >> k & 1) for k in range(3)]])
+            stored = nib.orientations.apply_orientation(VOXELS, turn)
+            back = affine @ nib.orientations.inv_ornt_aff(turn, VOXELS.shape)
+            found = scans.regrid(scans.Scan(stored, back), (1, 1, 1))
+            np.testing.assert_array_equal(found.array, expected.array)
+            np.testing.assert_allclose(found.affine, expected.affine, atol=1e-9)
+
+
+# --- Folders of cases -------------------------------------------------------------------------------
+
+
+def plan_refusal(folder: Path, stated=None) -> str:
+    if stated:
+        (folder / "dataset.json").write_text(json.dumps(stated))
+    with pytest.raises(DataError) as caught:
+        plans.load(folder)
+    return str(caught.value)
+
+
+STATED = {
+    "two names of one value": ({"background": 0, "a": 1, "b": 1}, "expected others for each class"),
+    "background elsewhere": ({"background": 1, "front": 2}, "expected 0 for 'background' alone"),
+    "a class of value 0": ({"front": 0, "back": 2}, "class 'front' has the value 0"),
+    "a region with 0": ({"background": 0, "front": [0, 1]}, "class 'front'"),
+    "a fraction": ({"background": 0, "front": 1.5}, "label value 1.5; expected a whole number"),
+    "true": ({"background": 0, "front": True}, "label value True"),
+}
+
+
+@pytest.mark.parametrize("kind", STATED)
+def test_labels_that_cannot_be_meant_are_refused_by_the_plan(tmp_path, kind):
+    labels, message = STATED[kind]
+    assert message in plan_refusal(write_pairs(tmp_path / "scans", cases=2), {"labels": labels})
+
+
+def test_nnunet_s_list_of_cases_is_read(tmp_path):
+    folder = write_pairs(tmp_path / "scans", cases=3, names=("pictures", "masks"))
+    listed = {
+        f"case_{k}": {"images": [f"pictures/case_{k}.nii.gz"], "label": f"masks/case_{k}.nii.gz"}
+        for k in range(3)
+    }
+    (folder / "dataset.json").write_text(json.dumps({"dataset": listed}))
+    assert plans.load(folder).entry.classes == ("label 1", "label 2")
+
+
+def test_label_values_are_compared_as_whole_numbers_and_told_with_every_digit(tmp_path):
+    folder = write_pairs(tmp_path / "scans", cases=2)
+    near = (LABELS * np.float32(0.99999994)).astype(np.float32)
+    large = LABELS.astype(np.int32) * (2**24 + 1)
+    for k, array in enumerate((near, large)):
+        write(folder / "images" / f"case_{k}.nii.gz", VOXELS, np.eye(4))
+        write(folder / "labels" / f"case_{k}.nii.gz", array, np.eye(4))
+    assert "[0.99999994, 1.9999999]" in plan_refusal(folder)
+    assert scans.read(folder / "labels" / "case_1.nii.gz", labels=True).array.max() == 2**25 + 2
+
+
+def test_all_faults_at_once_and_each_says_how_far_it_is_off(tmp_path):
+    folder = write_pairs(tmp_path / "scans", cases=3)
+    write(folder / "labels" / "case_0.nii.gz", LABELS, np.eye(4))
+    write(folder / "images" / "case_0.nii.gz", VOXELS, np.diag([1, 1, 1.5, 1]))
+    nifti(folder / "labels" / "case_1.nii", dim=[3, 20, 0, 12, 1, 1, 1, 1])
+    (folder / "labels" / "case_1.nii.gz").unlink()
+    lines = plan_refusal(folder).splitlines()
+    assert lines[0].endswith("2 fault(s):")
+    assert "voxels lie up to 5.5 mm apart" in lines[1]
+    assert "case_1.nii: holds no voxel" in lines[2]
+
+
+def test_the_file_of_a_channel_that_is_missing_is_named(tmp_path):
+    folder = write_pairs(tmp_path / "scans", cases=2, channels=2, names=("imagesTr", "labelsTr"))
+    (folder / "imagesTr" / "case_1_0001.nii.gz").unlink()
+    stated = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "a": 1, "b": 2}}
+    assert "expected 2 channels; case_1_0001 missing" in plan_refusal(folder, stated)
+
+
+def test_two_spellings_of_one_name_are_both_told(tmp_path):
+    folder = write_pairs(tmp_path / "scans", cases=2)
+    for kind, form in (("images", "NFC"), ("labels", "NFD")):
+        path = folder / kind / "case_1.nii.gz"
+        path.rename(path.with_name(unicodedata.normalize(form, "é.nii.gz")))
+    assert r"'\xe9' there is another spelling of 'e\u0301'" in plan_refusal(folder)
+
+
+def test_the_plan_names_voxel_sizes_that_are_far_from_the_others(tmp_path):
+    folder = write_pairs(tmp_path / "scans", cases=4)
+    for kind, array in (("images", VOXELS), ("labels", LABELS)):
+        write(folder / kind / "case_3.nii.gz", array, np.diag([10.0, 10, 20, 1]))
+    said = "\n".join(plans.load(folder).summary)
+    assert "voxels in the files: 1 .. 10 x 1 .. 10 x 2 .. 20 mm" in said
+    assert "1 cases with voxels over 3 times larger or smaller" in said
+    assert "case_3 (10 x 10 x 20)" in said
