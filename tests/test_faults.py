@@ -422,15 +422,16 @@ def test_a_folder_that_is_never_let_go_is_not_waited_for_without_end(tmp_path, m
 
 
 def test_a_results_folder_belongs_to_one_process_at_a_time(results, monkeypatch):
-    def fill(plan, force):
+    def execute(plan, notebook):
         with (plan.results / ".lock").open() as other, pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        filled.append(plan)
+        executed.append(plan)
+        return 1.0
 
-    filled: list[collection.Collection] = []
-    monkeypatch.setattr(collection, "_fill", fill)
+    executed: list[collection.Collection] = []
+    monkeypatch.setattr(collection, "execute", execute)
     plan = collection.plan("smoke", "mni152", ["00"])
     collection.run(plan)
-    assert filled == [plan]
+    assert executed == [plan]
     with (plan.results / ".lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back

@@ -7,12 +7,13 @@ A run fills one folder, `results/<profile>/<dataset>/`:
 - `manifest.json`: for each notebook what it was computed with, how long it took and what it wrote.
 
 A notebook that is computed and unchanged is not computed again. Unchanged means that its *stamp* is: a hash of
-its cells and parameters, of the sources of `srlib`, of the reference tables and networks, of the data and of which
-other data sets are here, and of the versions and the device it runs with.
+its cells and parameters, of `RECIPE`, of the reference tables and networks, of the data and of which other data sets
+are here, and of the versions and the device it runs with.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -21,37 +22,33 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from unittest.mock import patch
 
 import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
+from tqdm import tqdm
 
 from srlib import data, machine
 from srlib import files as paths
 from srlib.book import pages, verify
+from srlib.book.pages import read_notebook
 from srlib.run import profiles, runs
 
 OUTPUTS = ("figures", "tables")  # folders of what notebooks write
 PARAMETERS = ("PROFILE", "DATASET", "SEED", "INTERACTIVE")
 # Seconds that one cell may take before the run is given up as hanging.
 CELL_TIMEOUT = {"smoke": 20 * 60, "default": 3 * 3600, "full": int(paths.LONGEST_WAIT)}
-# Tags of the cells that papermill adds to a notebook.
-ADDED_CELLS = {"injected-parameters", "papermill-error-cell-tag"}
 # What the manifest says of each notebook, at least.
-ENTRY = {
-    "stamp": str,
-    "seconds": float,
-    "outputs": list,
-    "finished": str,
-    "device": str,
-    "commit": str,
-}
+ENTRY: dict[str, type] = {"stamp": str, "seconds": float, "outputs": list}
+ENTRY |= {"finished": str, "device": str, "commit": str}
 ABSOLUTE_PATH = re.compile(r"(?<![\w.~/])/(?:root|home|Users|work|tmp|private|opt|usr)/[\w.]")
 ANSI_CODE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -83,23 +80,30 @@ class Collection:
                 figures and tables, where what is out of date is deleted.
         """
         file, what = self.results / "manifest.json", "a manifest of the collection"
-        if file.exists():
-            found = paths.read_json(file, what, profile=str, dataset=str, seed=int, notebooks=dict)
-            for entry in found["notebooks"].values():
-                paths.require(file, what, entry, **ENTRY)
-                for name in entry["outputs"]:
-                    _require_inside(file, name)
-            return found
-        return {
-            "profile": self.profile,
-            "dataset": self.dataset,
-            "seed": self.seed,
-            "notebooks": {},
-        }
+        if not file.exists():
+            run = {"profile": self.profile, "dataset": self.dataset, "seed": self.seed}
+            return run | {"notebooks": {}}
+        found = paths.read_json(file, what, profile=str, dataset=str, seed=int, notebooks=dict)
+        for entry in found["notebooks"].values():
+            paths.require(file, what, entry, **ENTRY)
+            for name in entry["outputs"]:
+                _require_inside(file, name)
+        return found
 
     def executed(self, notebook: Path, suffix: str = ".ipynb") -> Path:
         """Path of the executed copy of a notebook; with another suffix, of its page or its log."""
         return self.results / "notebooks" / (notebook.stem + suffix)
+
+
+def _require_inside(file: Path, name: str) -> None:
+    """`ValueError` unless a manifest's output is a file in its folder's figures or tables."""
+    results, place = file.parent.resolve(), (file.parent / str(name)).resolve()
+    folders = [(results / kind).resolve() for kind in OUTPUTS]
+    if place.parent not in folders or not place.is_relative_to(results):
+        raise ValueError(
+            f"{file}: names the output {name!r}; expected files in {' and '.join(OUTPUTS)} only,"
+            " since what is out of date is deleted"
+        )
 
 
 def plan(
@@ -126,7 +130,7 @@ def plan(
     profiles.get(profile)
     if not data.get(dataset).virtual:
         data.open(dataset)  # which says how to get it
-    chosen = tuple(select(find_notebooks(folder), only))
+    chosen = tuple(find_notebooks(folder, only))
     made = Collection(profile, data.get(dataset).name, chosen, seed)
     for notebook in chosen:
         parameters_for(made, notebook)
@@ -134,84 +138,60 @@ def plan(
     return made
 
 
-def _require_inside(file: Path, name: str) -> None:
-    """`ValueError` unless a manifest's output is a file in its folder's figures or tables."""
-    results, place = file.parent.resolve(), (file.parent / str(name)).resolve()
-    folders = [(results / kind).resolve() for kind in OUTPUTS]
-    if place.parent not in folders or not place.is_relative_to(results):
-        raise ValueError(
-            f"{file}: names the output {name!r}; expected files in {' and '.join(OUTPUTS)} only,"
-            " since what is out of date is deleted"
-        )
-
-
-def find_notebooks(folder: Path = paths.NOTEBOOKS) -> list[Path]:
-    """The collection's notebooks (`00_start_here.ipynb` and so on) in reading order."""
+def find_notebooks(folder: Path = paths.NOTEBOOKS, only: Sequence[str] = ()) -> list[Path]:
+    """Notebooks (`00_start_here.ipynb` and so on) in reading order: those that `only` names, or all."""
     found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not found:
         raise ValueError(f"no notebooks named like 00_start_here.ipynb in {folder}")
-    return found
-
-
-def select(notebooks: Sequence[Path], only: Iterable[str]) -> list[Path]:
-    """Notebooks that `only` names by number or by name; all when it names none."""
-    names = {notebook.stem: notebook for notebook in notebooks}
-    numbers = {notebook.stem[:2]: notebook for notebook in notebooks}
-    chosen = []
+    named = {name: n for n in found for name in (n.stem[:2], n.stem, n.name)}
     for name in only:
-        notebook = numbers.get(name.zfill(2)) or names.get(name.removesuffix(".ipynb"))
-        if notebook is None:
-            raise ValueError(f"notebook {name!r} is not one of {', '.join(names)}")
-        chosen.append(notebook)
-    return [notebook for notebook in notebooks if not chosen or notebook in chosen]
-
-
-def solutions(plan: Collection) -> Collection:
-    """The solutions of the plan's notebooks: left out of a run, executed by the tests and by `store_outputs`."""
-    files = [n.parent / "solutions" / f"{n.stem}_solutions.ipynb" for n in plan.notebooks]
-    return dataclasses.replace(plan, notebooks=tuple(file for file in files if file.exists()))
+        if name.zfill(2) not in named:
+            known = ", ".join(notebook.stem for notebook in found)
+            raise ValueError(f"notebook {name!r} is not one of {known}")
+    return sorted({named[name.zfill(2)] for name in only}) or found
 
 
 def parameters_for(plan: Collection, notebook: Path) -> dict[str, Any]:
     """Values for what the notebook's cell tagged `parameters` declares.
 
-    Papermill itself only warns of a name that does not match, and the notebook would then quietly run with its
-    own default; so a name that the collection does not know is an error.
+    Raises:
+        ValueError: no such cell, or a name in it that the collection does not know.
     """
-    import papermill
-
-    declared = papermill.inspect_notebook(_literal(notebook))
+    cells = [cell.source for cell in read_notebook(notebook).cells if _holds_parameters(cell)]
+    assigned = [node for node in ast.parse("\n".join(cells)).body if isinstance(node, ast.Assign)]
+    declared = [ast.unparse(target) for node in assigned for target in node.targets]
     unknown = sorted(set(declared) - set(PARAMETERS))
     if unknown or not declared:
         raise ValueError(
             f"{notebook.name}: its cell tagged 'parameters' declares {', '.join(unknown) or 'nothing'}; "
             f"expected are names out of {', '.join(PARAMETERS)}"
         )
-    values = {
-        "PROFILE": plan.profile,
-        "DATASET": plan.dataset,
-        "SEED": plan.seed,
-        "INTERACTIVE": False,
-    }
+    values = dict(zip(PARAMETERS, (plan.profile, plan.dataset, plan.seed, False), strict=True))
     return {name: values[name] for name in declared}
 
 
 def stamp(plan: Collection, notebook: Path) -> str:
     """A hash of everything that the notebook's results depend on, see the text above."""
-    made_with = machine.describe()
+    made_with, sources = machine.describe(), [notebook]
+    if notebook.parent.name == "solutions":  # they execute cells of the notebook that they solve
+        sources.append(notebook.parent.parent / notebook.name.replace("_solutions", ""))
     contents = {
-        "cells": [(c.cell_type, c.source) for n in _sources(notebook) for c in _read(n).cells],
+        "cells": [
+            (cell.cell_type, cell.source) for file in sources for cell in read_notebook(file).cells
+        ],
         "parameters": parameters_for(plan, notebook),
         "run": [plan.profile, plan.dataset, data.open(plan.dataset).fingerprint, *data.present()],
         "recipe": paths.RECIPE,
         "reference": [
-            _hash_files(folder, ("*.csv", "*.json*", "*.md", "*.safetensors"))
-            for folder in sorted(paths.REFERENCE.glob("*/"))
-            if folder.name not in profiles.PROFILES  # what runs are compared with, not made from
+            (file.relative_to(paths.REFERENCE).as_posix(), _hash(file.read_bytes()))
+            for file in sorted(paths.REFERENCE.glob("*/**/*"))
+            # Tables of profiles are what runs are compared with, not made from.
+            if file.relative_to(paths.REFERENCE).parts[0] not in profiles.PROFILES
+            and re.fullmatch(r"\.(csv|json.*|md|safetensors)", file.suffix)
         ],
         "made with": [made_with[key] for key in ("versions", "device", "threads")],
     }
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
+    return _hash(json.dumps(contents, sort_keys=True).encode())[:16]
 
 
 def is_current(plan: Collection, notebook: Path) -> bool:
@@ -227,6 +207,8 @@ def is_current(plan: Collection, notebook: Path) -> bool:
 def run(plan: Collection, force: bool = False) -> None:
     """Check the data, execute the plan's notebooks in order, print one line for each, and sum up.
 
+    Notebooks that are current are left as they are unless `force`. The results folder belongs to one process at a time.
+
     Raises:
         srlib.files.DataError: bad files in the data set.
         NotebookError: a notebook failed; what was computed before it stays.
@@ -234,38 +216,32 @@ def run(plan: Collection, force: bool = False) -> None:
     print(f"profile {plan.profile}, data set {plan.dataset}, {machine.device_name()}")
     data.open(plan.dataset).check()
     with paths.locked(plan.results):
-        _fill(plan, force)
-
-
-def _fill(plan: Collection, force: bool) -> None:
-    """Execute what is not current, in a results folder that no other process works in."""
-    start = time.perf_counter()
-    width = max(len(notebook.stem) for notebook in plan.notebooks)
-    computed = 0
-    for notebook in plan.notebooks:
-        line = f"  {notebook.stem:<{width}}  "
-        print(line, end="", flush=True)
-        if not force and is_current(plan, notebook):
-            print("unchanged")
-            continue
-        try:
-            seconds = execute(plan, notebook)
-        except BaseException:
-            print("stopped")
-            raise
-        computed += 1
-        rewritten = f"\r{line}" if sys.stderr.isatty() else ""  # over papermill's progress bar
-        print(rewritten + pages.duration(seconds))
-    unchanged, seconds = len(plan.notebooks) - computed, time.perf_counter() - start
-    done = plan.manifest["notebooks"]
-    outputs = [name for entry in done.values() for name in entry["outputs"]]
-    figures, tables = (sum(name.endswith(end) for name in outputs) for end in (".png", ".csv"))
-    print(
-        f"{computed} computed, {unchanged} unchanged, {pages.duration(seconds)} in all; "
-        f"{figures} figures and {tables} tables\n"
-        f"results: {_shown(plan.results)}\n"
-        f"to read: {_shown(pages.write_index(plan.results, plan.manifest))}"
-    )
+        start, computed = time.perf_counter(), 0
+        width = max(len(notebook.stem) for notebook in plan.notebooks)
+        for notebook in plan.notebooks:
+            line = f"  {notebook.stem:<{width}}  "
+            print(line, end="", flush=True)
+            if not force and is_current(plan, notebook):
+                print("unchanged")
+                continue
+            try:
+                seconds = execute(plan, notebook)
+            except BaseException:
+                print("stopped")
+                raise
+            computed += 1
+            rewritten = f"\r{line}" if sys.stderr.isatty() else ""  # over the progress bar
+            print(rewritten + pages.duration(seconds))
+        done = plan.manifest["notebooks"]
+        outputs = [name for entry in done.values() for name in entry["outputs"]]
+        figures, tables = (sum(name.endswith(end) for name in outputs) for end in (".png", ".csv"))
+        print(
+            f"{computed} computed, {len(plan.notebooks) - computed} unchanged, "
+            f"{pages.duration(time.perf_counter() - start)} in all; "
+            f"{figures} figures and {tables} tables\n"
+            f"results: {_shown(plan.results)}\n"
+            f"to read: {_shown(pages.write_index(plan.results, plan.manifest))}"
+        )
     if plan.seed == 0 and verify.folder(plan.profile, plan.dataset).is_dir():
         print(verify.verdict(verify.compare(plan.profile, plan.dataset, done)))
 
@@ -279,42 +255,57 @@ def execute(plan: Collection, notebook: Path) -> float:
     Raises:
         NotebookError: names the cell and the log; the notebook with the outputs so far is kept beside the log.
     """
-    import papermill
-
-    working, log = plan.executed(notebook, ".running.ipynb"), plan.executed(notebook, ".log")
-    working.parent.mkdir(parents=True, exist_ok=True)
-    mark, before = stamp(plan, notebook), _written(plan.results)
-    start = time.perf_counter()
+    log, failed = plan.executed(notebook, ".log"), plan.executed(notebook, ".failed.ipynb")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    mark, before, start = stamp(plan, notebook), _written(plan.results), time.perf_counter()
+    content, index = read_notebook(notebook), 0
+    values = [f"{name} = {value!r}" for name, value in parameters_for(plan, notebook).items()]
+    for cell in filter(_holds_parameters, content.cells):
+        cell.source += "\n\n# As this run sets them:\n" + "\n".join(values)
     with kernel_environment(plan.profile), log.open("w", encoding="utf-8") as stream:
+        client = _Client(
+            content,
+            kernel_name="python3",
+            timeout=CELL_TIMEOUT[plan.profile],
+            resources={"metadata": {"path": str(notebook.parent)}},
+            extra_arguments=["--log-level=50"],  # what the kernel says of itself is no output
+            record_timing=False,
+            raise_on_iopub_timeout=True,
+        )
+        client.stream = stream
+        bar = {"desc": f"  {notebook.stem}", "leave": False, "disable": None}
         try:
-            papermill.execute_notebook(
-                _literal(notebook),
-                _literal(working),
-                parameters=parameters_for(plan, notebook),
-                kernel_name="python3",
-                language="python",
-                cwd=notebook.parent,
-                execution_timeout=CELL_TIMEOUT[plan.profile],
-                progress_bar={"desc": f"  {notebook.stem}", "leave": False, "disable": None},
-                stdout_file=stream,
-                stderr_file=stream,
-                extra_arguments=["--log-level=50"],  # what the kernel says of itself is no output
-            )
+            with client.setup_kernel(), tqdm(content.cells, **bar) as cells:
+                for index, cell in enumerate(cells):
+                    client.execute_cell(cell, index)
         except Exception as error:
             message = ANSI_CODE.sub("", str(error)).strip() or type(error).__name__
             stream.write(f"\n{message}\n")
-            failed = working.replace(plan.executed(notebook, ".failed.ipynb"))
+            _write(content, failed)
+            said = message.splitlines()[-1 if isinstance(error, CellExecutionError) else 0]
             raise NotebookError(
-                f"{notebook.name}: cell {_failing_cell(failed)} failed: {message.splitlines()[-1]}\n"
+                f"{notebook.name}: cell {index + 1} failed: {said}\n"
                 f"log: {_shown(log)}\nas far as it came: {_shown(failed)}"
             ) from error
     seconds = time.perf_counter() - start
-    paths.make_visible(working, plan.executed(notebook))
-    plan.executed(notebook, ".failed.ipynb").unlink(missing_ok=True)
+    _write(content, plan.executed(notebook))
+    failed.unlink(missing_ok=True)
     pages.write_page(plan.executed(notebook))
     outputs = sorted(dict(_written(plan.results).items() - before.items()))
     _record(plan, notebook, {"stamp": mark, "seconds": round(seconds, 1), "outputs": outputs})
     return seconds
+
+
+class _Client(NotebookClient):
+    """A client that writes what cells print into a stream as well, at once."""
+
+    stream: TextIO
+
+    def output(self, outs: list, message: dict, *where: Any) -> NotebookNode | None:
+        if message["msg_type"] == "stream":
+            self.stream.write(message["content"]["text"])
+            self.stream.flush()
+        return super().output(outs, message, *where)
 
 
 @contextmanager
@@ -338,8 +329,8 @@ def kernel_environment(profile: str) -> Iterator[None]:
 def store_outputs(plan: Collection) -> None:
     """Copy what the plan's last run displayed into the committed notebooks, for maintainers.
 
-    Their solutions, which no run executes, are executed first. Outputs only: times, papermill's metadata and the
-    kernel's version are left behind.
+    Their solutions, which no run executes, are executed first. Outputs only: times and the kernel's version are left
+    behind.
 
     Raises:
         ValueError: a notebook was not executed as it now stands, or an output holds an absolute path.
@@ -348,23 +339,20 @@ def store_outputs(plan: Collection) -> None:
     for notebook in plan.notebooks:
         if not is_current(plan, notebook):
             raise ValueError(f"{notebook.name} was not executed as it now stands; run it first")
-    solved = solutions(plan)
-    if solved.notebooks:
-        run(solved)
-    for notebook in plan.notebooks + solved.notebooks:
-        source, executed = _read(notebook), _read(plan.executed(notebook))
+    files = [n.parent / "solutions" / f"{n.stem}_solutions.ipynb" for n in plan.notebooks]
+    solved = tuple(file for file in files if file.exists())
+    if solved:
+        run(dataclasses.replace(plan, notebooks=solved))
+    for notebook in plan.notebooks + solved:
+        source, executed = read_notebook(notebook), read_notebook(plan.executed(notebook))
         count = 0
-        for number, (cell, done) in enumerate(
-            zip(source.cells, _own_cells(executed), strict=True), 1
-        ):
-            for noise in ("execution", "papermill"):
-                cell.metadata.pop(noise, None)
+        for number, (cell, done) in enumerate(zip(source.cells, executed.cells, strict=True), 1):
+            cell.metadata.pop("execution", None)
             if cell.cell_type != "code":
                 continue
             if ABSOLUTE_PATH.search(json.dumps(done.outputs)):
-                raise ValueError(
-                    f"{notebook.name}: the output of cell {number} holds an absolute path"
-                )
+                name = f"{notebook.name}: the output of cell {number}"
+                raise ValueError(f"{name} holds an absolute path")
             count += 1
             cell.execution_count, cell.outputs = count, done.outputs
             for output in cell.outputs:
@@ -374,44 +362,24 @@ def store_outputs(plan: Collection) -> None:
             kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
             language_info={"name": "python"},
         )
-        with paths.atomic_path(notebook) as temporary:
-            nbformat.write(source, temporary)
+        _write(source, notebook)
 
 
-def _read(notebook: Path) -> NotebookNode:
-    return pages.read_notebook(notebook)
+def _holds_parameters(cell: NotebookNode) -> bool:
+    return "parameters" in cell.metadata.get("tags", [])
 
 
-def _sources(notebook: Path) -> list[Path]:
-    """The notebook and, before solutions, the one whose exercises they solve: they execute cells of it."""
-    if notebook.parent.name != "solutions":
-        return [notebook]
-    return [notebook.parent.parent / notebook.name.replace("_solutions", ""), notebook]
-
-
-def _literal(path: Path) -> str:
-    """Write a path so that papermill, for which braces hold a parameter's name, reads them as they are."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def _own_cells(executed: NotebookNode) -> list[NotebookNode]:
-    """The cells that an executed notebook has from its source."""
-    return [cell for cell in executed.cells if not ADDED_CELLS & set(cell.metadata.get("tags", []))]
-
-
-def _failing_cell(failed: Path) -> int:
-    """The number, from 1, of the source's cell that a failed notebook stopped at: the last one begun."""
-    states = [cell.metadata.papermill.status for cell in _own_cells(_read(failed))]
-    return max((n for n, state in enumerate(states, 1) if state != "pending"), default=1)
+def _write(content: NotebookNode, notebook: Path) -> None:
+    with paths.atomic_path(notebook) as temporary:
+        nbformat.write(content, temporary)
 
 
 def _record(plan: Collection, notebook: Path, entry: dict[str, Any]) -> None:
     """Put a notebook's entry into the manifest; remove what only its former version wrote."""
     manifest = plan.manifest
     former = manifest["notebooks"].get(notebook.stem, {"outputs": []})["outputs"]
-    manifest["training"] = dataclasses.asdict(
-        runs.config_for(plan.profile, plan.dataset, seed=plan.seed)
-    )
+    config = runs.config_for(plan.profile, plan.dataset, seed=plan.seed)
+    manifest["training"] = dataclasses.asdict(config)
     manifest["data"] = data.open(plan.dataset).fingerprint
     entry["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     manifest["notebooks"][notebook.stem] = entry | machine.describe()
@@ -428,12 +396,8 @@ def _written(results: Path) -> dict[str, int]:
     return {file.relative_to(results).as_posix(): file.stat().st_mtime_ns for file in files}
 
 
-def _hash_files(folder: Path, patterns: Iterable[str]) -> str:
-    """A hash of the names and contents of a folder's files."""
-    digest = hashlib.sha256()
-    for file in sorted({file for pattern in patterns for file in folder.rglob(pattern)}):
-        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _shown(path: Path) -> str:

@@ -5,10 +5,8 @@ They need no network and work from the file system. Each picture has its alt tex
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ from PIL import Image
 from srlib import data, tables
 from srlib.files import atomic_path
 
-# JupyterLab's look without what nbconvert would load from the network: no notebook has formulas in TeX, widgets or
-# Mermaid diagrams. Its prompts, comments and links are too faint for some readers.
+# JupyterLab's look with the pictures' alt text, and without what nbconvert would load from the network: no notebook has
+# formulas in TeX, widgets or Mermaid diagrams. Its prompts, comments and links are too faint for some readers.
 PAGE = """
 {%- extends "lab/index.html.j2" -%}
 {% block html_head_js_requirejs %}{% endblock %}
@@ -36,37 +34,17 @@ body { --jp-cell-prompt-not-active-opacity: 1; --jp-cell-prompt-not-active-font-
 main .jp-Cell .jp-RenderedHTMLCommon a { text-decoration: underline; }
 </style>
 {% endblock %}
+{% block data_png scoped %}
+{% set shown = output.metadata.get("image/png", {}) %}
+<div class="jp-RenderedImage jp-OutputArea-output">
+<img src="data:image/png;base64,{{ output.data["image/png"] | escape_html }}"
+  alt="{{ shown.alt | escape_html }}" width="{{ shown.width | escape_html }}">
+</div>
+{% endblock %}
 """
+TEMPLATES = Environment(loader=PackageLoader("srlib.book", "."), autoescape=True, trim_blocks=True)
 README_FIGURE = "00-real-case.png"
-README_PIXELS = (1400, 1400)  # at most, across and down
 CLAIMS = "tables/07-claims.csv"  # the verdicts, which the notebook about the claims writes
-
-
-def with_alt_text(notebook: Any) -> Any:
-    """Turn a notebook's pictures into HTML with their alt text, which nbconvert would drop.
-
-    Args:
-        notebook: as read by nbformat; changed in place and returned.
-    """
-    for output in itertools.chain(*(cell.get("outputs", []) for cell in notebook.cells)):
-        shown = output.get("metadata", {}).get("image/png", {})
-        if "alt" in shown:
-            source = "data:image/png;base64," + "".join(output["data"]["image/png"]).strip()
-            size = f'alt="{escape(shown["alt"])}" width="{shown.get("width", "")}"'
-            output["data"] = {"text/html": f'<img {size} src="{source}">'}
-    return notebook
-
-
-def store_figure(results: Path, target: Path) -> None:
-    """Copy the README's figure, made smaller, from the figures of a results folder; nothing where it is not there."""
-    if not (results / "figures" / README_FIGURE).is_file():  # its notebook needs real data
-        return
-    with (
-        Image.open(results / "figures" / README_FIGURE) as image,
-        atomic_path(target / README_FIGURE) as temporary,
-    ):
-        image.thumbnail(README_PIXELS)
-        image.convert("RGB").quantize(256).save(temporary, format="PNG", optimize=True)
 
 
 def read_notebook(file: Path) -> NotebookNode:
@@ -79,10 +57,8 @@ def read_notebook(file: Path) -> NotebookNode:
         notebook = nbformat.read(file, as_version=4)
         nbformat.validate(notebook)
     except (ValueError, AttributeError, TypeError, KeyError, nbformat.ValidationError) as error:
-        said = str(error).splitlines()[0]
-        raise ValueError(
-            f"{file}: expected a notebook of Jupyter ({said[:100]}); remove it"
-        ) from error
+        said = str(error).splitlines()[0][:100]
+        raise ValueError(f"{file}: expected a notebook of Jupyter ({said}); remove it") from error
     return notebook
 
 
@@ -91,8 +67,8 @@ def write_page(executed: Path) -> None:
     from nbconvert import HTMLExporter
 
     resources = {"metadata": {"name": executed.stem}}
-    notebook = with_alt_text(read_notebook(executed))
-    html, _ = HTMLExporter(raw_template=PAGE).from_notebook_node(notebook, resources)
+    exporter = HTMLExporter(raw_template=PAGE)
+    html, _ = exporter.from_notebook_node(read_notebook(executed), resources)
     # Page links to page; all of them are in one folder, the solutions' too.
     html = re.sub(r'href="(?:\.\./)?(\d\d_\w+)\.ipynb', r'href="\1.html', html)
     html = html.replace("<th></th>", "<td></td>")  # the corner of pandas' tables heads nothing
@@ -111,27 +87,40 @@ def write_index(results: Path, manifest: Mapping[str, Any]) -> Path:
         The page, `index.html` in that folder.
     """
     claims, done = results / CLAIMS, manifest["notebooks"]
-    page = (
-        _environment()
-        .get_template("index.html.j2")
-        .render(
-            profile=manifest["profile"],
-            dataset=manifest["dataset"],
-            seed=manifest["seed"],
-            virtual=data.get(manifest["dataset"]).virtual,
-            time=duration(sum(entry["seconds"] for entry in done.values())),
-            claims=tables.read(claims).to_dict("records") if claims.is_file() else [],
-            notebooks=[_describe(results, name, done[name]) for name in sorted(done)],
-        )
+    page = TEMPLATES.get_template("index.html.j2").render(
+        run=manifest,
+        virtual=data.get(manifest["dataset"]).virtual,
+        time=duration(sum(entry["seconds"] for entry in done.values())),
+        claims=tables.read(claims).to_dict("records") if claims.is_file() else [],
+        notebooks=[_describe(results, name, done[name]) for name in sorted(done)],
     )
     with atomic_path(results / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return results / "index.html"
 
 
+def _describe(results: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A notebook's entry in the manifest with its name, title, time in words and the alt text of its figures."""
+    cells = read_notebook(results / "notebooks" / f"{name}.ipynb").cells
+    heading = re.search(r"(?m)^# (.+)", "\n".join(c.source for c in cells if c.cell_type != "code"))
+    figures = {}
+    for file in entry["outputs"]:
+        if file.endswith(".png"):
+            with Image.open(results / file) as image:  # as `Record.show` wrote it
+                figures[file] = image.info["Description"]
+    return {
+        **entry,
+        "name": name,
+        "title": heading[1] if heading else name,
+        "time": duration(entry["seconds"]),
+        "tables": sum(file.endswith(".csv") for file in entry["outputs"]),
+        "figures": figures,
+    }
+
+
 def claims_table(claims: pd.DataFrame) -> str:
     """A table of claims as HTML, with a caption and headers that a screen reader announces."""
-    template = _environment().get_template("claims.html.j2")
+    template = TEMPLATES.get_template("claims.html.j2")
     return template.module.table(claims.to_dict("records"))  # type: ignore[attr-defined]
 
 
@@ -143,28 +132,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _describe(results: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Title, time, device, commit and figures of a notebook, for the front page."""
-    executed = read_notebook(results / "notebooks" / f"{name}.ipynb")
-    title = next(re.findall(r"(?m)^# (.+)", c.source) for c in executed.cells if "# " in c.source)
-    figures = [file for file in entry["outputs"] if file.endswith(".png")]
-    return {
-        "name": name,
-        "title": title[0],
-        "time": duration(entry["seconds"]),
-        "device": entry["device"],
-        "commit": entry["commit"][:8] + ("+changes" if entry["dirty"] else ""),
-        "finished": entry["finished"][:10],
-        "tables": sum(file.endswith(".csv") for file in entry["outputs"]),
-        "figures": [{"file": file, "alt": _alt_text(results / file)} for file in figures],
-    }
-
-
-def _alt_text(picture: Path) -> str:
-    """The alt text that `srlib.show.plots.Record.show` wrote into a PNG."""
-    with Image.open(picture) as image:
-        return str(image.info["Description"])
-
-
-def _environment() -> Environment:
-    return Environment(loader=PackageLoader("srlib.book", "."), autoescape=True, trim_blocks=True)
+def store_figure(results: Path, target: Path) -> None:
+    """Copy the README's figure, made smaller, from the figures of a results folder; nothing where it is not there."""
+    source = results / "figures" / README_FIGURE
+    if source.is_file():  # its notebook needs real data
+        with Image.open(source) as image, atomic_path(target / README_FIGURE) as temporary:
+            image.thumbnail((1400, 1400))
+            image.convert("RGB").quantize(256).save(temporary, format="PNG", optimize=True)

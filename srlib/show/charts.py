@@ -1,15 +1,14 @@
-"""Charts in the collection's visual language: curves, pictures, bars, diagrams, metrics and comparisons.
+"""Charts: curves, pictures, bars, diagrams, metrics of cases and comparisons of networks.
 
-Each function takes arrays or a table and returns a `Figure`; `srlib.show.plots.Record` writes it down and shows it.
-A table of cases has a row for each run, case and class, as `srlib.study.grid.cases` returns it; its statistics come
-from `srlib.study.statistics`. seaborn draws points by group; intervals are drawn from the table, as seaborn would
-compute others.
+Each function takes arrays or a table and returns a `Figure`, which `srlib.show.plots.Record` writes down and shows. A
+table of cases is as `srlib.study.grid.cases` returns it; the intervals come from `srlib.study.statistics`, as seaborn,
+which draws the points, would compute others.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -32,17 +31,12 @@ BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#595959"
 CLASS_COLOURS = (VERMILLION, SKY, YELLOW, BLUE, GREEN, PURPLE, ORANGE)
 COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY)  # lines: yellow is too pale
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-METRIC_LABELS = {
-    "dice": "Dice (1: perfect)",
-    "nsd": "NSD (1: perfect)",
-    "hd95": "HD95 (mm, 0: perfect)",
-}
-COSTS = {
-    "parameters": "parameters (millions)",
-    "gmacs": "forward pass (GMACs)",
-    "step_seconds": "CPU step (s)",
-}
-LANE = 0.36  # from the middle of a row of points down to its intervals
+DASHES = ("-", "--", ":", "-.")
+METRIC_LABELS = {"dice": "Dice (1: perfect)", "nsd": "NSD (1: perfect)"}
+METRIC_LABELS["hd95"] = "HD95 (mm, 0: perfect)"
+COSTS = {"parameters": "parameters (millions)", "gmacs": "forward pass (GMACs)"}
+COSTS["step_seconds"] = "CPU step (s)"
+LINE: dict[str, Any] = {"color": GREY, "linewidth": 1, "linestyle": "--"}  # for orientation
 
 Panels = Mapping[str, Mapping[str, ArrayLike]]
 
@@ -73,7 +67,7 @@ def signals(x: ArrayLike, panels: Panels, xlabel: str, step: bool = False) -> Fi
     figure, axes = subplots(len(panels), height=height, sharex=True, squeeze=False)
     above: list[str] = []
     for axis, (ylabel, curves) in zip(axes[:, 0], panels.items(), strict=True):
-        for (name, y), dash in zip(curves.items(), itertools.cycle(("-", "--", ":", "-."))):
+        for (name, y), dash in zip(curves.items(), cycle(DASHES)):
             axis.plot(x, y, dash, label=name, drawstyle="steps-post" if step else "default")
         axis.set(ylabel=ylabel)
         if len(curves) > 1 and list(curves) != above:
@@ -94,13 +88,13 @@ def heat_maps(grid: Panels, label: str, xlabel: str, ylabel: str, annotate: bool
         ylabel: label of a picture's vertical axis.
         annotate: write each pixel's value into it.
     """
-    pictures = [[np.asarray(v, dtype=float) for v in line.values()] for line in grid.values()]
-    values = np.concatenate([picture.ravel() for line in pictures for picture in line])
-    norm = Normalize(values.min(), values.max())
-    tall, broad = pictures[0][0].shape
-    height = len(grid) * (min(2.2, 5.2 / len(pictures[0])) * tall / broad + 0.15) + 0.9
-    figure, axes = subplots(len(grid), len(pictures[0]), height=height, squeeze=False)
-    for axis, picture in zip(axes.flat, itertools.chain(*pictures), strict=True):
+    titles = list(next(iter(grid.values())))
+    pictures = [np.asarray(v, dtype=float) for line in grid.values() for v in line.values()]
+    norm = Normalize(min(map(np.min, pictures)), max(map(np.max, pictures)))
+    tall, broad = pictures[0].shape
+    height = len(grid) * (min(2.2, 5.2 / len(titles)) * tall / broad + 0.15) + 0.9
+    figure, axes = subplots(len(grid), len(titles), height=height, squeeze=False)
+    for axis, picture in zip(axes.flat, pictures, strict=True):
         drawn = axis.imshow(picture, cmap="viridis", norm=norm)
         axis.set(xticks=[], yticks=[])
         for (y, x), value in np.ndenumerate(picture) if annotate else ():
@@ -108,7 +102,7 @@ def heat_maps(grid: Panels, label: str, xlabel: str, ylabel: str, annotate: bool
             axis.text(x, y, f"{value:g}", ha="center", va="center", size=8, color=ink)
     for axis, title in zip(axes[:, 0], grid, strict=True):
         axis.set_ylabel(f"{title}\n{ylabel}", linespacing=1.6)
-    for top, bottom, title in zip(axes[0], axes[-1], next(iter(grid.values())), strict=True):
+    for top, bottom, title in zip(axes[0], axes[-1], titles, strict=True):
         top.set_title(title)
         bottom.set_xlabel(xlabel)
     figure.colorbar(drawn, ax=axes, label=label)
@@ -119,14 +113,14 @@ def stacked_bars(table: pd.DataFrame, xlabel: str) -> Figure:
     """A bar for each row of the table, its columns stacked, the total written at the end."""
     figure, axis = subplots(height=0.34 * len(table) + 1.2)
     left = np.zeros(len(table))
-    for column, colour, hatch in zip(table, CLASS_COLOURS, itertools.cycle(("", "///", "..."))):
+    for column, colour, hatch in zip(table, CLASS_COLOURS, cycle(("", "///", "..."))):
         style = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": column}
         bars = axis.barh(table.index.astype(str), table[column], left=left, **style)
         left += table[column]
     axis.bar_label(bars, [f"{total:,.3g}" for total in left], padding=3, size=8)
     axis.invert_yaxis()
     axis.set(xlabel=xlabel, xlim=(0, 1.12 * left.max()))
-    _legend(figure, axis, ncols=len(table.columns))
+    _legend(figure, axis)
     return figure
 
 
@@ -157,29 +151,20 @@ def diagram(boxes: Mapping[str, tuple], arrows: Sequence[tuple[str, str, str]]) 
     return figure
 
 
-# --- Metrics of cases ------------------------------------------------------------------------------
+# --- Metrics of cases: a table with a row for each case and class ----------------------------------
 
 
 def metric_strips(table: pd.DataFrame) -> Figure:
-    """Each case as a point, a column for each class, with a box of median and quartiles; distances start at zero.
-
-    Args:
-        table: columns `class`, `dice`, `nsd`, `hd95`; a row for each case and class.
-    """
+    """Dice, NSD and HD95 of each case as points, a column for each class, with a box of median and quartiles."""
     figure, axes = subplots(1, len(METRIC_LABELS), height=3.2)
+    box: dict[str, Any] = {"widths": 0.6, "whis": 0, "showfliers": False, "showcaps": False}
+    box |= {"medianprops": {"color": "black", "linewidth": 2}, "zorder": 3, "manage_ticks": False}
+    dots: dict[str, Any] = {"size": 4, "legend": False, "warn_thresh": 1}
+    dots["palette"] = _by_name(table["class"], CLASS_COLOURS)
     for axis, (metric, label) in zip(axes, METRIC_LABELS.items(), strict=True):
-        style = {"palette": _by_name(table["class"], CLASS_COLOURS), "size": 4, "legend": False}
-        sns.swarmplot(table, x="class", y=metric, hue="class", **style, warn_thresh=1, ax=axis)
+        sns.swarmplot(table, x="class", y=metric, hue="class", **dots, ax=axis)
         groups = [values for _, values in table.groupby("class", sort=False)[metric]]
-        box: dict[str, Any] = {
-            "widths": 0.6,
-            "whis": 0,
-            "showfliers": False,
-            "showcaps": False,
-            "zorder": 3,
-        }
-        box["medianprops"] = {"color": "black", "linewidth": 2}
-        axis.boxplot(groups, positions=range(len(groups)), manage_ticks=False, **box)
+        axis.boxplot(groups, positions=range(len(groups)), **box)
         axis.set(xlabel="", ylabel=label)
         if metric == "hd95":
             axis.set_ylim(0, 1.08 * max(1, table["hd95"].max()))
@@ -191,21 +176,19 @@ def volume_agreement(table: pd.DataFrame) -> Figure:
     """Predicted against reference volume, and difference against mean (Bland and Altman 1986).
 
     Lines of a class: the mean difference, and around it the limits of agreement, 1.96 standard deviations away.
-
-    Args:
-        table: columns `class`, `volume_ref_ml`, `volume_pred_ml`; a row for each case and class.
     """
     figure, (left, right) = subplots(1, 2, height=3.4)
     reference, predicted = table["volume_ref_ml"], table["volume_pred_ml"]
     table = table.assign(mean=(reference + predicted) / 2, difference=predicted - reference)
-    _class_points(left, table, "volume_ref_ml", "volume_pred_ml")
-    _class_points(right, table, "mean", "difference", legend=False)
-    for name, colour in _by_name(table["class"], CLASS_COLOURS).items():
-        values = table.loc[table["class"] == name, "difference"]
+    looks = _looks(table, "class", CLASS_COLOURS)
+    sns.scatterplot(**looks, x="volume_ref_ml", y="volume_pred_ml", **POINTS, ax=left)
+    sns.scatterplot(**looks, x="mean", y="difference", **POINTS, legend=False, ax=right)
+    for name, values in table.groupby("class")["difference"]:
         for limit, dash in ((-1.96, ":"), (0, "-"), (1.96, ":")):
-            right.axhline(values.mean() + limit * values.std(), color=colour, lw=1, ls=dash)
-    left.axline((reference.mean(),) * 2, slope=1, color=GREY, lw=1, ls="--", label="equal")
-    right.axhline(0, color=GREY, linewidth=1, linestyle="--")
+            at = values.mean() + limit * values.std()
+            right.axhline(at, color=looks["palette"][name], lw=1, ls=dash)
+    left.axline((reference.mean(),) * 2, slope=1, label="equal", **LINE)
+    right.axhline(0, **LINE)
     left.set(xlabel="reference volume (ml)", ylabel="predicted volume (ml)")
     right.set(xlabel="mean of both volumes (ml)", ylabel="predicted minus reference (ml)")
     _legend(figure, left)
@@ -213,23 +196,19 @@ def volume_agreement(table: pd.DataFrame) -> Figure:
 
 
 def error_by_volume(cases: pd.DataFrame) -> Figure:
-    """One minus Dice against the structure's volume; medians of fifths of the cases as a line.
-
-    Args:
-        cases: each case and class once.
-    """
+    """One minus Dice against the structure's volume; medians of fifths of the cases as a line."""
     figure, axis = subplots(height=3.4)
-    ranks = statistics.volume_ranks(cases)
-    named = cases["class"].map(
-        {k: f"{k} (rank correlation {r:+.2f})" for k, (r, _) in ranks.items()}
-    )
-    table = cases.assign(**{"error": 1 - cases["dice"], "class": named})
-    _class_points(axis, table, "volume_ref_ml", "error")
-    for name, colour in _by_name(named, CLASS_COLOURS).items():
-        rows = table[table["class"] == name]
+    names = {
+        name: f"{name} (rank correlation {rho:+.2f})"
+        for name, (rho, _) in statistics.volume_ranks(cases).items()
+    }
+    table = cases.assign(**{"error": 1 - cases["dice"], "class": cases["class"].map(names)})
+    looks = _looks(table, "class", CLASS_COLOURS)
+    sns.scatterplot(**looks, x="volume_ref_ml", y="error", **POINTS, ax=axis)
+    for name, rows in table.groupby("class"):
         fifths = pd.qcut(rows["volume_ref_ml"].rank(method="first"), 5, labels=False)
         middle = rows.groupby(fifths)[["volume_ref_ml", "error"]].median()
-        for ink, width in (("black", 3.5), (colour, 1.5)):
+        for ink, width in (("black", 3.5), (looks["palette"][name], 1.5)):
             axis.plot(middle["volume_ref_ml"], middle["error"], color=ink, linewidth=width)
     axis.set(xlabel="reference volume (ml)", ylabel="1 - Dice (0: perfect)")
     _legend(figure, axis)
@@ -243,14 +222,13 @@ def reliability(bins: pd.DataFrame) -> Figure:
         bins: sums over cases of `srlib.run.evaluate.probability_bins`.
     """
     figure, (left, right) = subplots(1, 2, height=3.4)
-    left.plot((0, 1), (0, 1), "--", color=GREY, linewidth=1, label="calibrated")
-    dashes = itertools.cycle(("-", "--", ":", "-."))
+    left.plot((0, 1), (0, 1), label="calibrated", **LINE)
     for k, (name, rows) in enumerate(bins.groupby("class", sort=False)):
         filled = rows[rows["voxels"] > 0]
         said, found = (filled[column] / filled["voxels"] for column in ("predicted", "observed"))
         error = np.average(np.abs(said - found), weights=filled["voxels"])
         # Hollow, so that the class below is seen.
-        style = _style(k, CLASS_COLOURS) | {"ls": next(dashes), "markerfacecolor": "none"}
+        style = _style(k, CLASS_COLOURS) | {"ls": DASHES[k % 4], "markerfacecolor": "none"}
         left.plot(said, found, **style, label=f"{name} (mean gap {error:.3f})")
         right.plot(said, filled["voxels"], **style)
     left.set(ylabel="share of voxels that are of the class")
@@ -261,15 +239,11 @@ def reliability(bins: pd.DataFrame) -> Figure:
     return figure
 
 
-# --- Comparisons of networks -----------------------------------------------------------------------
+# --- Comparisons of networks: cases of runs of one budget, or what was computed from them ----------
 
 
 def interval_rows(cases: pd.DataFrame) -> Figure:
-    """A row for each system: the mean over its cases and classes with the 95 % interval, and that of each training.
-
-    Args:
-        cases: runs of one budget, at least one.
-    """
+    """A row for each system: the mean over its cases and classes with the 95 % interval, and that of each training."""
     metrics = list(METRIC_LABELS)
     table = statistics.summary(cases, metrics).query("`class` == @statistics.MEAN")
     trainings = statistics.run_means(cases, metrics).query("`class` == @statistics.MEAN")
@@ -305,36 +279,28 @@ def paired_rows(cases: pd.DataFrame, reference: str) -> Figure:
     table = table.sort_values("difference", ascending=False, ignore_index=True)
     points = statistics.differences(cases, reference, ["dice"]).query("`class` == @statistics.MEAN")
     figure, axis = subplots(height=0.55 * len(table) + 1.5)
-    ends = table[["low", "high", "low_all", "high_all", "detectable"]].to_numpy().ravel()
-    bounds = [*ends, *-table["detectable"], *np.percentile(points["difference"], (2, 98))]
-    rim = float(np.nanmin(bounds)), float(np.nanmax(bounds))
-    reach, below = table["detectable"], table.index + LANE
-    axis.barh(
-        table.index,
-        2 * reach,
-        0.9,
-        -reach,
-        color="#DDDDDD",
-        label="too small for these cases to show",
-    )
-    inside = points[points["difference"].between(*rim)]
-    places = {"x": "difference", "y": "system", "order": table["system"]}
-    sns.swarmplot(inside, **places, color=SKY, size=3, warn_thresh=1, label="one case", ax=axis)
+    reach, below = table["detectable"], table.index + 0.36
+    ends = table[["low", "high", "low_all", "high_all"]].to_numpy().ravel()
+    bounds = [*ends, *reach, *-reach, *np.percentile(points["difference"], (2, 98))]
+    low, high = float(np.nanmin(bounds)), float(np.nanmax(bounds))
+    small: dict[str, Any] = {"color": "#DDDDDD", "label": "too small for these cases to show"}
+    axis.barh(table.index, 2 * reach, 0.9, -reach, **small)
+    dots = {"color": SKY, "size": 3, "warn_thresh": 1, "label": "one case", "ax": axis}
+    inside = points[points["difference"].between(low, high)]
+    sns.swarmplot(inside, x="difference", y="system", order=table["system"], **dots)
     _intervals(axis, table, "difference", below)
     axis.hlines(below, table["low_all"], table["high_all"], "k", lw=1, label="other seeds, too")
-    axis.axvline(0, color=GREY, linewidth=1, linestyle="--")
+    axis.axvline(0, **LINE)
     edge: dict[str, Any] = {"size": 8, "va": "center"}
     for at, row in enumerate(table.to_dict("records")):
         p = f"p = {row['p_holm']:.2g}" if row["p_holm"] >= 0.001 else "p < 0.001"
         words = f"  {statistics.effect(row)}\n  {p}"
         axis.text(1.03, at, words, transform=axis.get_yaxis_transform(), **edge)
         values = points.loc[points["system"] == row["system"], "difference"]
-        for beyond, x, text, side in (
-            (values < rim[0], rim[0], "\N{BLACK LEFT-POINTING SMALL TRIANGLE}{}", "right"),
-            (values > rim[1], rim[1], "{}\N{BLACK RIGHT-POINTING SMALL TRIANGLE}", "left"),
-        ):
-            if beyond.any():
-                axis.text(x, at, text.format(beyond.sum()), ha=side, color=BLUE, **edge)
+        if left := (values < low).sum():
+            axis.text(low, at, f"◂{left}", ha="right", color=BLUE, **edge)
+        if right := (values > high).sum():
+            axis.text(high, at, f"{right}▸", ha="left", color=BLUE, **edge)
     axis.margins(x=0.1)
     base = _titles(cases)[reference]
     corrected = f"p: Wilcoxon's, corrected over {len(table)} row{'s' * (len(table) > 1)} (Holm)"
@@ -364,18 +330,15 @@ def dice_over_minutes(cases: pd.DataFrame, panels: Mapping[str, Collection[str]]
         shown = [system for system in titles if system in systems]
         for k, system in enumerate(shown):
             points = rows[rows["system"] == system]
-            points = points.assign(  # intervals side by side
-                minutes=points["minutes"] * 1.03 ** (k - (len(shown) - 1) / 2),
-                joined=points["minutes"] <= grid.MINUTES,
-            )
-            for joined, part in points.groupby("joined"):
-                label = titles[system] if joined or not points["joined"].any() else None
-                style = _style(k, COLOURS) | {"capsize": 2, "label": label}
-                axis.errorbar(part["minutes"], part["mean"], _reach(part, "mean"), **style)
+            beside = 1.03 ** (k - (len(shown) - 1) / 2)  # intervals side by side
+            style = _style(k, COLOURS) | {"capsize": 2, "label": titles[system]}
+            for _, part in points.groupby(points["minutes"] > grid.MINUTES):
+                at = part["minutes"] * beside
+                axis.errorbar(at, part["mean"], _reach(part, "mean"), **style)
         axis.set(xscale="log", xlabel="minutes of training on a CPU")
         axis.set_xticks(ticks, [f"{minutes:g}" for minutes in ticks])
         axis.set_xticks([], minor=True)
-        axis.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        _legend(axis, axis, 2, title=title, loc="lower center", bbox_to_anchor=(0.5, 1))
     middle, top = rows["mean"].median(), rows["high"].max()
     low = max(axes[0, 0].get_ylim()[0], middle - 4 * (top - middle))
     axes[0, 0].set(ylabel="mean Dice (1: perfect)", ylim=(low, None))
@@ -395,17 +358,16 @@ def cost_and_gain(rows: pd.DataFrame) -> Figure:
     limit = 1.1 * ends[ends <= 3 * ends[ends > 0].median()].max()
     figure, axes = subplots(1, len(COSTS), height=4.4, sharey=True)
     for axis, (column, label) in zip(axes, COSTS.items(), strict=True):
-        for k, row in enumerate(rows.to_dict("records")):
-            name = row["title"]
-            if ends.iloc[k] > limit:
-                name += f" ({row['low']:+.1f} to {row['high']:+.1f})"
+        for k, (_, row) in enumerate(rows.iterrows()):
+            cut = f" ({row['low']:+.1f} to {row['high']:+.1f})" if ends.iloc[k] > limit else ""
             style = {"color": COLOURS[k % 7], "marker": MARKERS[(k + k // 7) % 7], "capsize": 2}
-            reach = [[row["points"] - row["low"]], [row["high"] - row["points"]]]
-            axis.errorbar(row[column], row["points"], reach, **style, ls="", label=name)
-        axis.axhline(0, color=GREY, linewidth=1, linestyle="--")
+            reach = np.reshape(_reach(row, "points"), (2, 1))
+            style |= {"ls": "", "label": row["title"] + cut}
+            axis.errorbar(row[column], row["points"], reach, **style)
+        axis.axhline(0, **LINE)
         axis.set(xlabel=label, ylim=(-limit, limit))
     axes[0].set(ylabel="difference from SegResMamba (Dice points)")
-    _legend(figure, axes[0], ncols=4)
+    _legend(figure, axes[0], 4)
     return figure
 
 
@@ -414,18 +376,15 @@ def cue_volumes(distances: Sequence[int], number: int = 0) -> Figure:
     figure, axes = subplots(len(distances), height=1.9 * len(distances) + 0.5, squeeze=False)
     for axis, distance in zip(axes[:, 0], distances, strict=True):
         recipe = cue.Recipe(distance)
-        rows = cue.rows_of(number, recipe)
         plane = recipe.shape[0] // recipe.rows // 2  # through the first rows
         axis.imshow(cue.make_volume(number, recipe)[0][plane], cmap="gray", vmin=-200, vmax=200)
-        for y, x, mark, value in zip(
-            *(part[: recipe.rows] for part in (rows.y, rows.target, rows.cue, rows.value)),
-            strict=True,
-        ):
-            colour, text = CLASS_COLOURS[value - 1], {"ha": "center", "va": "center"}
+        first = [part[: recipe.rows] for part in cue.rows_of(number, recipe)]
+        for _, y, x, mark, value in zip(*first, strict=True):
+            colour = CLASS_COLOURS[value - 1]
             frame: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": 2}
             axis.add_patch(Rectangle((x - 1.5, y - 1.5), 3, 3, **frame))
-            outwards, name = x + (4 if x > mark else -4), cue.CLASSES[value - 1]
-            axis.text(outwards, y, name, color="white", weight="bold", **text)
+            text = {"color": "white", "weight": "bold", "ha": "center", "va": "center"}
+            axis.text(x + (4 if x > mark else -4), y, cue.CLASSES[value - 1], **text)
             arrow = {"arrowstyle": "->", "color": colour, "shrinkB": 6}
             axis.annotate("", (x, y), (mark, y), arrowprops=arrow)
         axis.set(ylabel="second axis", yticks=(), title=f"cue at {distance} voxels")
@@ -442,22 +401,19 @@ def accuracy_by_distance(table: pd.DataFrame) -> Figure:
         table: as `srlib.data.cue.accuracy` returns it.
     """
     figure, axis = subplots(height=3.6)
-    names, distances = table["title"].unique(), sorted(table["distance"].unique())
-    columns: dict[str, Any] = {"x": "distance", "y": "accuracy", "hue": "title", "ax": axis}
-    columns["palette"] = _by_name(names, COLOURS)
-    apart = 0.3 / len(names)
-    lines = {"markers": list(MARKERS[: len(names)]), "errorbar": None, "linewidth": 1.5}
-    sns.pointplot(table, **columns, **lines, dodge=apart * (len(names) - 1), markersize=5)
-    for k, name in enumerate(names):
-        rows = table[table["title"] == name]
-        at = rows["distance"].map(distances.index) + apart * (k - (len(names) - 1) / 2)
-        axis.scatter(at, rows["accuracy"], 14, alpha=0.6, **_style(k, COLOURS))
+    names, distances = list(table["title"].unique()), sorted(table["distance"].unique())
+    apart = 0.3 * ((table["title"].map(names.index) + 0.5) / len(names) - 0.5)
+    table = table.assign(at=table["distance"].map(distances.index) + apart)
+    looks = _looks(table, "title", COLOURS) | {"x": "at", "y": "accuracy", "ax": axis}
+    sns.lineplot(**looks, dashes=False, errorbar=None, markersize=7, markeredgewidth=0)
+    sns.scatterplot(**looks, **POINTS, legend=False)
     near = [cue.nearest_mark(cue.Recipe(distance)) for distance in distances]
     axis.plot(range(len(distances)), near, ":", color=GREY, label="rule: the nearest mark")
-    axis.axhline(0.5, color=GREY, lw=1, ls="--", label="found, not told apart")
+    axis.axhline(0.5, label="found, not told apart", **LINE)
     axis.set(xlabel="distance of the cue (voxels)", ylabel="voxels called right (1: all)")
+    axis.set_xticks(range(len(distances)), distances)
     axis.set_ylim(min(0.45, table["accuracy"].min() - 0.02), 1.02)
-    _legend(figure, axis, ncols=4)
+    _legend(figure, axis, 4)
     return figure
 
 
@@ -470,16 +426,15 @@ def beside_bars(panels: Mapping[str, tuple[pd.DataFrame, float]], log: bool = Fa
         log: a logarithmic axis, for ratios.
     """
     counts = [len(table) for table, _ in panels.values()]
-    height = 0.27 * sum(counts) + 0.75 * len(counts) + 0.5
-    options: dict[str, Any] = {"sharex": True, "squeeze": False}
-    options["height_ratios"] = [n + 1 for n in counts]
-    figure, axes = subplots(len(panels), height=height, **options)
+    options: dict[str, Any] = {"height": 0.27 * sum(counts) + 0.75 * len(counts) + 0.5}
+    options |= {"sharex": True, "squeeze": False, "height_ratios": [n + 1 for n in counts]}
+    figure, axes = subplots(len(panels), **options)
     for axis, (label, (table, bar)) in zip(axes[:, 0], panels.items(), strict=True):
         rows = np.arange(len(table))
         _intervals(axis, table, "here", rows, color=BLUE, label="here, and its reach")
         hollow = {"facecolor": "white", "edgecolor": ORANGE, "linewidth": 1.6}
         axis.scatter(table["published"], rows - 0.22, 34, marker="D", label="published", **hollow)
-        axis.axvline(bar, color=GREY, linestyle="--", linewidth=1, label="what is claimed")
+        axis.axvline(bar, label="what is claimed", **LINE)
         axis.set(xlabel=label, xscale="log" if log else "linear", ylim=(len(table) - 0.4, -0.8))
         axis.set_yticks(rows, table.index)
         axis.tick_params(labelbottom=True)
@@ -491,41 +446,36 @@ def beside_bars(panels: Mapping[str, tuple[pd.DataFrame, float]], log: bool = Fa
 
 # --- Parts of figures ------------------------------------------------------------------------------
 
+POINTS: dict[str, Any] = {"s": 22, "linewidth": 0, "alpha": 0.7}  # one for each case
+
 
 def _style(k: int, colours: Sequence[str]) -> dict[str, Any]:
     """Colour and marker of the k-th group."""
     return {"color": colours[k % 7], "marker": MARKERS[k % 7]}
 
 
-def _by_name(names: Iterable[str], values: Sequence[str]) -> dict[str, str]:
+def _by_name(names: pd.Series, values: Sequence[str]) -> dict[str, str]:
     """The k-th value for the k-th name; begins again after the last."""
-    return dict(zip(dict.fromkeys(names), itertools.cycle(values)))
+    return dict(zip(names.unique(), cycle(values)))
 
 
-def _class_points(axis: Axes, table: pd.DataFrame, x: str, y: str, legend: bool = True) -> None:
-    """A point for each row, colour and marker by its class."""
-    styles: dict[str, Any] = {"hue": "class", "style": "class", "linewidth": 0, "alpha": 0.7}
-    styles |= {"palette": _by_name(table["class"], CLASS_COLOURS), "s": 22, "legend": legend}
-    styles["markers"] = _by_name(table["class"], MARKERS)
-    sns.scatterplot(table, x=x, y=y, ax=axis, **styles)
+def _looks(table: pd.DataFrame, group: str, colours: Sequence[str]) -> dict[str, Any]:
+    """The table with a colour and a marker for each group, as seaborn takes them."""
+    looks: dict[str, Any] = {"data": table, "hue": group, "style": group}
+    looks["palette"] = _by_name(table[group], colours)
+    return looks | {"markers": _by_name(table[group], MARKERS)}
 
 
-def _reach(rows: pd.DataFrame, middle: str) -> list[pd.Series]:
+def _reach(rows: Any, middle: str) -> list:
     """Distances of `low` and `high` from the middle, as `errorbar` takes them."""
     return [rows[middle] - rows["low"], rows["high"] - rows[middle]]
 
 
-def _intervals(
-    axis: Axes,
-    rows: pd.DataFrame,
-    middle: str,
-    at: ArrayLike,
-    color: str = "black",
-    label: str = "mean, 95 % interval",
-) -> None:
+def _intervals(axis: Axes, rows: pd.DataFrame, middle: str, at: ArrayLike, **style: Any) -> None:
     """Lying intervals from `low` to `high`, a dot in the middle."""
-    style: dict[str, Any] = {"fmt": "o", "color": color, "capsize": 3, "markersize": 4}
-    axis.errorbar(rows[middle], at, xerr=_reach(rows, middle), label=label, **style)
+    style = {"color": "black", "label": "mean, 95 % interval"} | style
+    style |= {"fmt": "o", "capsize": 3, "markersize": 4}
+    axis.errorbar(rows[middle], at, xerr=_reach(rows, middle), **style)
 
 
 def _titles(cases: pd.DataFrame) -> dict[str, str]:
@@ -539,10 +489,10 @@ def _name_rows(axis: Axes, systems: Collection[str], cases: pd.DataFrame) -> Non
     axis.set(ylim=(len(systems) - 0.4, -0.6), ylabel="")
 
 
-def _legend(figure: Figure, axis: Axes, ncols: int | None = None) -> None:
-    """One legend above the figure, an entry for each label however often it was drawn."""
+def _legend(place: Any, axis: Axes, ncols: int | None = None, **options: Any) -> None:
+    """One legend, above a figure or in axes, with an entry for each label however often it was drawn."""
     keys = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     if (drawn := axis.get_legend()) is not None:
         drawn.remove()
-    options: dict[str, Any] = {"loc": "outside upper center", "ncols": ncols or len(keys)}
-    figure.legend(keys.values(), keys.keys(), **options)
+    options = {"loc": "outside upper center", "ncols": ncols or len(keys)} | options
+    place.legend(keys.values(), keys.keys(), **options)

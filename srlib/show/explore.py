@@ -43,14 +43,13 @@ class Explorer(widgets.VBox):
         draw: Callable[..., tuple[Figure, str]],
         adjust: Callable[[str], None],
     ) -> None:
-        self.controls, self.draw_figure, self.adjust = dict(controls), draw, adjust
-        self.adjusting = False
-        self.picture = widgets.HTML()
+        self.controls, self.draw_figure, self.adjust = controls, draw, adjust
+        self.picture, self.adjusting = widgets.HTML(), False
         layout = widgets.Layout(flex_flow="row wrap")
         super().__init__([*(widgets.HBox(list(row), layout=layout) for row in rows), self.picture])
-        for name, control in self.controls.items():
+        for name, control in controls.items():
             control.observe(lambda _, name=name: self._changed(name), names="value")
-        self.redraw()
+        self._draw()
 
     def _changed(self, name: str) -> None:
         if self.adjusting:  # one picture for all that follows from one change
@@ -60,13 +59,16 @@ class Explorer(widgets.VBox):
             self.adjust(name)
         finally:
             self.adjusting = False
-        self.redraw()
+        self._draw()
 
-    def redraw(self) -> None:
-        """Draw the figure for what the controls say now."""
+    def _draw(self) -> None:
         values = {name: control.value for name, control in self.controls.items()}
         figure, alt = self.draw_figure(**values)
-        self.picture.value = f'<img alt="{escape(alt)}" src="data:image/png;base64,{_png(figure)}">'
+        figure.set_layout_engine("none")  # quick, and the axes stay in place
+        png = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(png, pil_kwargs={"compress_level": 1})
+        data = base64.b64encode(png.getvalue()).decode()
+        self.picture.value = f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def explore_cases(
@@ -75,7 +77,7 @@ def explore_cases(
     classes: Sequence[str],
     spacing: Sequence[float],
 ) -> Explorer:
-    """Slices of cases with outlines and metrics: `srlib.show.volumes.case_view` with controls.
+    """Slices of cases with outlines and metrics: `case_view` with controls.
 
     Args:
         load: a case's name -> the case; the last few that were looked at are kept.
@@ -90,11 +92,8 @@ def explore_cases(
     width = widgets.FloatSlider(description="window", min=0.1, max=10, step=0.1)
     level = widgets.FloatSlider(description="level", min=-5, max=5, step=0.1)
     names = [*classes, *load(case_ids[0]).labels]
-    narrow = widgets.Layout(width="auto", margin="2px 1em")
-    toggles = {
-        name: widgets.Checkbox(True, description=name, indent=False, layout=narrow)
-        for name in names
-    }
+    style = {"indent": False, "layout": widgets.Layout(width="auto", margin="2px 1em")}
+    toggles = {name: widgets.Checkbox(True, description=name, **style) for name in names}
 
     def adjust(name: str) -> None:
         scan, cut = load(case.value), PLANES[plane.value]
@@ -115,11 +114,7 @@ def explore_cases(
 
 
 def explore_orders(shape: Sequence[int] = (4, 4, 4)) -> Explorer:
-    """Scan orders as paths, and the distance of two voxels: `srlib.show.volumes.order_view` with controls.
-
-    Args:
-        shape: (D, H, W) of the grid at the start.
-    """
+    """Scan orders as paths through a grid (D, H, W), and the distance of two voxels: `order_view` with controls."""
     size = {axis: _whole(f"grid {axis}", n, 2, 8) for axis, n in zip(AXES, shape, strict=True)}
     order = widgets.Dropdown(options=ORDERS, value="inter_slice", description="order")
     nslices = _whole("slices S", shape[0], 1, 8)
@@ -145,21 +140,12 @@ def explore_orders(shape: Sequence[int] = (4, 4, 4)) -> Explorer:
         path = f"Order {order} up to step {position} in a grid of {shape}"
         return figure, f"{path}; A = {pair[0]} and B = {pair[1]}: {far}"
 
-    fields = list(ends.values())
-    controls = {**size, "order": order, "nslices": nslices, "position": position, **ends}
-    rows = [size.values(), (order, nslices, position), fields[:3], fields[3:]]
-    return Explorer(controls, rows, draw, adjust)
+    path, fields = {"order": order, "nslices": nslices, "position": position}, list(ends.values())
+    rows = [size.values(), path.values(), fields[:3], fields[3:]]
+    return Explorer({**size, **path, **ends}, rows, draw, adjust)
 
 
 def _whole(name: str, value: int, low: int, high: int) -> Any:
     """A narrow field for a whole number."""
     layout = widgets.Layout(width="10em")
     return widgets.BoundedIntText(value, min=low, max=high, description=name, layout=layout)
-
-
-def _png(figure: Figure) -> str:
-    """A figure as PNG in base64; without the layout engine, so that it is quick and the axes stay in place."""
-    figure.set_layout_engine("none")
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,6 +1,8 @@
 """Drawings of volumes: slices with outlines, and scan orders as paths through a grid of voxels.
 
-Volumes are arrays (D, H, W) in the orientation of `srlib.data.cases`: to the right, to the front, upwards.
+Volumes are arrays (D, H, W) in the orientation of `srlib.data.cases`: to the right, to the front, upwards. `classes`
+are the names of the labels 1, 2, ...; `spacing` is that of the voxels, in mm; `orders` are name -> (L,) the tokens in
+the order visited, as indices into a row-major grid.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from srlib.show.charts import BLUE, CLASS_COLOURS, GREEN, GREY, PURPLE, VERMILLI
 
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # plane -> the array axis that it cuts
 AXIS_LABELS = ("left to right, mm", "back to front, mm", "bottom to top, mm")
-DASHES: tuple[Any, Any] = ("-", (0, (3, 1.5)))  # the first and the second label map of a case
+OUTLINES: tuple[Any, Any] = ("-", (0, (3, 1.5)))  # of the first and the second label map of a case
 
 
 class Tile(NamedTuple):
@@ -57,14 +59,7 @@ class CaseView(NamedTuple):
 def tiles(
     items: Sequence[Tile], classes: Sequence[str], spacing: Sequence[float], columns: int
 ) -> Figure:
-    """Slices side by side.
-
-    Args:
-        items: the slices, row by row.
-        classes: names of the labels 1, 2, ...
-        spacing: of the voxels, in mm.
-        columns: slices in a row; up to three are drawn with axes in mm.
-    """
+    """Slices side by side, row by row; with up to three in a row their axes are in mm."""
     ruled, rows = columns <= 3, -(-len(items) // columns)
     extent = np.array(np.shape(items[0].image)) * spacing
     sides = [np.delete(extent, PLANES[item.plane]) for item in items]
@@ -112,10 +107,10 @@ def case_view(
     axis.set_position((0.1, 0.16, 0.56, 0.76))  # the same for every slice
     axis.locator_params(nbins=5)
     _draw_image(axis, case.image, cut, at, spacing, window or full_window(case.image))
-    visible = set(classes) | set(case.labels) if shown is None else set(shown)
+    visible = {*classes, *case.labels} if shown is None else set(shown)
     drawn = [k for k, name in enumerate(classes) if name in visible]
     key = [handle for handle in _key(classes) if handle.get_label() in visible]
-    for (name, labels), dash in zip(case.labels.items(), DASHES, strict=False):
+    for (name, labels), dash in zip(case.labels.items(), OUTLINES, strict=False):
         if name in visible:
             _draw_labels(axis, labels, cut, at, spacing, drawn, linestyles=[dash])
             key.append(Line2D([], [], color=GREY, linestyle=dash, label=name))
@@ -128,6 +123,81 @@ def case_view(
     ]
     figure.text(0.69, 0.14, "\n".join(lines), size=8, va="bottom", linespacing=1.4)
     return figure
+
+
+def gallery(
+    cases: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]],
+    classes: Sequence[str],
+    spacing: Sequence[float],
+) -> Figure:
+    """Cases as rows: image, reference, prediction, and the voxels in which the two differ.
+
+    Args:
+        cases: title -> (image, reference, prediction), each (D, H, W).
+        classes: names of the labels 1, 2, ...
+        spacing: of the voxels, in mm.
+    """
+    items = []
+    for title, (image, reference, prediction) in cases.items():
+        at = fullest(reference)[PLANES["axial"]]
+        differs = np.not_equal(reference, prediction) * (len(classes) + 1)
+        columns = {title: None, "reference": reference, "prediction": prediction}
+        items += [Tile(name, image, labels, at=at) for name, labels in columns.items()]
+        items.append(Tile("difference", image, differs, at=at, filled=True))
+    return tiles(items, [*classes, "reference and prediction differ"], spacing, columns=4)
+
+
+def surface_map(image: ArrayLike, distances: ArrayLike, spacing: Sequence[float]) -> Figure:
+    """A predicted surface in three planes through its worst voxel, coloured by its distance from the reference's.
+
+    The planes are cut to the surface and the image is dimmed: a surface voxel without an error is almost white. A
+    circle marks the worst voxel, and a histogram shows all distances.
+
+    Args:
+        image: (D, H, W).
+        distances: (D, H, W) in mm, NaN off the surface, as from `srlib.run.evaluate.surface_distances`.
+        spacing: of the voxels, in mm.
+    """
+    values = np.asarray(distances)
+    at = np.array(np.unravel_index(np.nanargmax(np.abs(values)), values.shape))
+    reach = max(abs(values[tuple(at)]), min(spacing))  # a perfect surface has a scale, too
+    found = np.argwhere(~np.isnan(values))
+    low, high = (found.min(axis=0) - 2) * spacing, (found.max(axis=0) + 3) * spacing
+    width, level = full_window(image)
+    dim = 2.5 * width, level + 0.75 * width  # as dark at its lower end, grey at its upper one
+    colours: dict[str, Any] = {"cmap": "PuOr_r", "norm": Normalize(-reach, reach)}
+    figure, axes = subplots(2, 2, height=6.2)
+    for axis, (plane, cut) in zip(axes.flat, PLANES.items(), strict=False):
+        _draw_image(axis, image, cut, at[cut], spacing, dim)
+        box = (*axis.get_xlim(), *axis.get_ylim())
+        surface = np.take(values, at[cut], axis=cut).T
+        drawn = axis.imshow(surface, origin="lower", extent=box, **colours)
+        across, up = (k for k in range(3) if k != cut)
+        worst = (at[[across, up]] + 0.5) * np.take(spacing, [across, up])
+        axis.plot(*worst, "o", markersize=11, markerfacecolor="none", color=GREEN)
+        axis.set(xlim=(low[across], high[across]), ylim=(low[up], high[up]))
+        axis.set(title=f"{plane} slice {at[cut]}")
+        axis.locator_params(nbins=4)
+    shares = np.full(len(found), 100 / len(found))
+    axes[1, 1].hist(values[tuple(found.T)], 40, weights=shares, color=GREY)
+    axes[1, 1].set(xlabel="distance (mm)", ylabel="share of the surface's voxels (%)", yscale="log")
+    label = "mm, inside (-) or outside (+); circle: the worst voxel"
+    figure.colorbar(drawn, ax=axes, label=label, location="bottom", shrink=0.5)
+    return figure
+
+
+def fullest(labels: ArrayLike) -> tuple[int, ...]:
+    """For each axis the slice that cuts most foreground, the middle one when there is none."""
+    inside = np.asarray(labels) > 0
+    if not inside.any():
+        return tuple(n // 2 for n in inside.shape)
+    return tuple(int(inside.sum(axis=tuple({0, 1, 2} - {k})).argmax()) for k in range(3))
+
+
+def full_window(image: ArrayLike) -> tuple[float, float]:
+    """Width and level (its centre) of the intensities between the 0.5 and 99.5 percentiles."""
+    low, high = np.percentile(np.asarray(image), (0.5, 99.5))
+    return float(high - low), float(high + low) / 2
 
 
 def _key(classes: Sequence[str]) -> list[Line2D]:
@@ -173,91 +243,11 @@ def _draw_labels(
             draw(x, y, framed == k + 1, [0.5, 1.5], colors=CLASS_COLOURS[k % 7], **style)
 
 
-def fullest(labels: ArrayLike) -> tuple[int, ...]:
-    """For each axis the slice that cuts most foreground, the middle one when there is none."""
-    inside = np.asarray(labels) > 0
-    if not inside.any():
-        return tuple(n // 2 for n in inside.shape)
-    return tuple(int(inside.sum(axis=tuple({0, 1, 2} - {k})).argmax()) for k in range(3))
-
-
-def full_window(image: ArrayLike) -> tuple[float, float]:
-    """Width and level (its centre) of the intensities between the 0.5 and 99.5 percentiles."""
-    low, high = np.percentile(np.asarray(image), (0.5, 99.5))
-    return float(high - low), float(high + low) / 2
-
-
-def gallery(
-    cases: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]],
-    classes: Sequence[str],
-    spacing: Sequence[float],
-) -> Figure:
-    """Cases as rows: image, reference, prediction, and the voxels in which the two differ.
-
-    Args:
-        cases: title -> (image, reference, prediction), each (D, H, W).
-        classes: names of the labels 1, 2, ...
-        spacing: of the voxels, in mm.
-    """
-    items = []
-    for title, (image, *both) in cases.items():
-        reference, prediction = (np.asarray(labels) for labels in both)
-        at = fullest(reference)[PLANES["axial"]]
-        differs = np.where(reference != prediction, len(classes) + 1, 0)
-        columns = {title: None, "reference": reference, "prediction": prediction}
-        items += [Tile(name, image, labels, at=at) for name, labels in columns.items()]
-        items.append(Tile("difference", image, differs, at=at, filled=True))
-    return tiles(items, [*classes, "reference and prediction differ"], spacing, columns=4)
-
-
-def surface_map(image: ArrayLike, distances: ArrayLike, spacing: Sequence[float]) -> Figure:
-    """A predicted surface in three planes through its worst voxel, coloured by its distance from the reference's.
-
-    The planes are cut to the surface and the image is dimmed: a surface voxel without an error is almost white. A
-    circle marks the worst voxel, and a histogram shows all distances.
-
-    Args:
-        image: (D, H, W).
-        distances: (D, H, W) in mm, NaN off the surface, as from `srlib.run.evaluate.surface_distances`.
-        spacing: of the voxels, in mm.
-    """
-    values = np.asarray(distances)
-    at = np.array(np.unravel_index(np.nanargmax(np.abs(values)), values.shape))
-    reach = max(
-        float(np.nanmax(np.abs(values))), min(spacing)
-    )  # a perfect surface has a scale, too
-    found = np.argwhere(~np.isnan(values))
-    low, high = (found.min(axis=0) - 2) * spacing, (found.max(axis=0) + 3) * spacing
-    width, level = full_window(image)
-    dim = 2.5 * width, level + 0.75 * width  # as dark at its lower end, grey at its upper one
-    colours: dict[str, Any] = {"cmap": "PuOr_r", "norm": Normalize(-reach, reach)}
-    figure, axes = subplots(2, 2, height=6.2)
-    for axis, (plane, cut) in zip(axes.flat, PLANES.items(), strict=False):
-        _draw_image(axis, image, cut, at[cut], spacing, dim)
-        box = (*axis.get_xlim(), *axis.get_ylim())
-        surface = np.take(values, at[cut], axis=cut).T
-        drawn = axis.imshow(surface, origin="lower", extent=box, **colours)
-        across, up = (k for k in range(3) if k != cut)
-        worst = (at[[across, up]] + 0.5) * np.take(spacing, [across, up])
-        axis.plot(*worst, "o", markersize=11, markerfacecolor="none", color=GREEN)
-        axis.set(xlim=(low[across], high[across]), ylim=(low[up], high[up]))
-        axis.set(title=f"{plane} slice {at[cut]}")
-        axis.locator_params(nbins=4)
-    shares = np.full(len(found), 100 / len(found))
-    axes[1, 1].hist(values[tuple(found.T)], 40, weights=shares, color=GREY)
-    axes[1, 1].set(xlabel="distance (mm)", ylabel="share of the surface's voxels (%)", yscale="log")
-    label = "mm, inside (-) or outside (+); circle: the worst voxel"
-    figure.colorbar(drawn, ax=axes, label=label, location="bottom", shrink=0.5)
-    return figure
+# --- Scan orders -----------------------------------------------------------------------------------
 
 
 def scan_paths(shape: Sequence[int], orders: Mapping[str, ArrayLike]) -> Figure:
-    """Scan orders as paths through a small grid of voxels, from dark to light; jumps are dashed.
-
-    Args:
-        shape: (D, H, W) of the grid.
-        orders: name -> (L,) the tokens in the order visited, indices into the row-major grid.
-    """
+    """Scan orders as paths through a small grid (D, H, W) of voxels, from dark to light; jumps are dashed."""
     options = {"subplot_kw": {"projection": "3d"}, "squeeze": False}
     figure, axes = subplots(1, len(orders), height=3.4, **options)
     for axis, (name, order) in zip(axes[0], orders.items(), strict=True):
@@ -281,7 +271,7 @@ def order_view(
 
     Args:
         shape: (D, H, W) of the grid.
-        orders: name -> (L,) the tokens in the order visited, indices into the row-major grid.
+        orders: name -> (L,) the tokens in the order visited.
         name: the order whose path is drawn.
         position: the step up to which it is drawn, 0 to L - 1.
         pair: the two voxels, (D, H, W) each.
@@ -309,9 +299,8 @@ def order_view(
         far = f"{label}: {abs(ends[0] - ends[1])} apart"
         lanes.text(0, row - 0.2, far, size=9, weight="bold" if label == name else "normal")
     lanes.set(yticks=[], ylim=(len(orders) - 0.6, -0.6), xlabel="step of the sequence")
-    lanes.set(
-        title=f"A and B: {sum(abs(a - b) for a, b in zip(*pair, strict=True))} apart in the volume"
-    )
+    apart = sum(abs(a - b) for a, b in zip(*pair, strict=True))
+    lanes.set(title=f"A and B: {apart} apart in the volume")
     lanes.spines["left"].set_visible(False)
     return figure
 

@@ -35,8 +35,8 @@ RUN_ALL = """async () => {
 CONNECTED = """() => window.jupyterapp?.shell.currentWidget?.sessionContext
     ?.session?.kernel?.connectionStatus === 'connected'"""
 EXPLORERS = """import numpy as np
-from srlib.explore import explore_cases, explore_orders
-from srlib.volumes import CaseView
+from srlib.show.explore import explore_cases, explore_orders
+from srlib.show.volumes import CaseView
 labels = np.pad(np.ones((4, 4, 4), int), 3)
 display(explore_cases(lambda _: CaseView(labels, {"reference": labels}), ["one"], ["cube"], (1, 1, 1)))
 display(explore_orders())"""

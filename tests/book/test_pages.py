@@ -1,0 +1,134 @@
+"""The pages: complete, readable without a network, accessible."""
+
+import base64
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image, PngImagePlugin
+
+from srlib.book import pages
+
+ALT = 'a "small" figure & <more>'
+LINKS = "## Next\n\n[The second](01_second.ipynb#part), back to [the first](../00_first.ipynb)."
+CODE = "# a comment\n@decorate\ndef f(x):\n    return 1 + x**0.5 if x in [2] else 'text'"
+TABLES = ["tables/00-one.csv"]
+FIGURES = ["figures/00-one.png", "figures/00-one.svg"]
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A results folder of two notebooks, the first with a figure; their pages and the claims are written."""
+    for name in ("figures", "notebooks", "tables"):
+        (tmp_path / name).mkdir()
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Description", ALT)
+    Image.new("RGB", (8, 6)).save(tmp_path / FIGURES[0], pnginfo=about)
+    png = base64.b64encode((tmp_path / FIGURES[0]).read_bytes()).decode()
+    table = {"text/html": pd.DataFrame({"a": [1, 2]}).to_html()}
+    outputs = [new_output("execute_result", data=table, execution_count=1)]
+    shown = {"image/png": {"alt": ALT, "width": 750}}
+    outputs.append(
+        new_output("display_data", {"image/png": png, "text/plain": ALT}, metadata=shown)
+    )
+    for name, title in (("00_first", "00 First & foremost"), ("01_second", "01 Second")):
+        code = new_code_cell(CODE, outputs=outputs, execution_count=1)
+        cells = [new_markdown_cell(f"# {title}\n\nText."), new_markdown_cell(LINKS), code]
+        file = tmp_path / "notebooks" / f"{name}.ipynb"
+        nbformat.write(new_notebook(cells=cells), file)
+        pages.write_page(file)
+    (tmp_path / pages.CLAIMS).write_text("# stamp\nclaim,verdict\nless memory,holds <in part>\n")
+    (tmp_path / "manifest.json").touch()
+    return tmp_path
+
+
+@pytest.fixture
+def index(results):
+    entry = {"device": "a CPU, 2 threads", "commit": "0123456789abcdef", "outputs": []}
+    entry |= {"finished": "2026-01-02T03:04:05+00:00", "dirty": True, "seconds": 7}
+    first = entry | {"seconds": 65.2, "outputs": FIGURES + TABLES, "dirty": False}
+    manifest = {"profile": "smoke", "dataset": "mni152", "seed": 0}
+    return pages.write_index(
+        results, manifest | {"notebooks": {"00_first": first, "01_second": entry}}
+    )
+
+
+def read(page: Path) -> BeautifulSoup:
+    return BeautifulSoup(page.read_text(), "html.parser")
+
+
+def test_index_has_the_claims_and_each_notebook_s_title_time_and_figures(index):
+    claims, first, second = read(index).select("section")
+    assert [cell.text for cell in claims.select("th[scope=col]")] == ["claim", "verdict"]
+    assert [cell.text for cell in claims.select("th[scope=row]")] == ["less memory"]
+    assert [cell.text for cell in claims.select("td")] == ["holds <in part>"]
+    assert first.h2.text == "00 First & foremost"
+    assert "1 min 05 s" in first.p.text
+    assert "1 tables, 1 figures" in first.p.text
+    assert [picture["alt"] for picture in first.select("img")] == [ALT]
+    assert "commit 01234567+changes, 2026-01-02." in second.p.text
+    assert not second.select("img")
+    assert "a test of the machinery" in read(index).header.text
+    assert "virtual" in read(index).header.text
+
+
+def test_index_leads_to_files_that_are_there_and_nowhere_else(index):
+    page = read(index)
+    targets = [tag["href"] for tag in page.select("[href]")]
+    targets += [tag["src"] for tag in page.select("[src]")]
+    assert {"notebooks/00_first.html", "notebooks/01_second.html", FIGURES[0]} < set(targets)
+    for target in targets:
+        assert (index.parent / target).is_file(), target
+    assert not page.select("script")
+
+
+def test_a_notebook_s_page_loads_nothing_and_links_to_pages(results):
+    page = read(results / "notebooks" / "00_first.html")
+    assert not page.select("[src^=http], link[href^=http]")
+    assert not [s for s in page.select("script") if re.search("https?://", s.text)]
+    links = [link["href"] for link in page.select("main a:not(.anchor-link)")]
+    assert links == ["01_second.html#part", "00_first.html"]
+    (picture,) = page.select("main img")
+    assert (picture["alt"], picture["width"]) == (ALT, "750")
+
+
+def test_axe_finds_nothing(index, results):
+    """axe-core's rules on the front page and a notebook's page, in Chromium, without a network."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    from axe_playwright_python.sync_playwright import Axe
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page()
+        complaints = []
+        tab.on("requestfailed", lambda request: complaints.append(request.url))
+        tab.on("console", lambda message: complaints.append(message.text))
+        for page in (index, results / "notebooks" / "00_first.html"):
+            tab.goto(page.as_uri())
+            found = Axe().run(tab).response["violations"]
+            complaints += [f"{page.name}: {v['id']}: {v['nodes'][0]['html']}" for v in found]
+        browser.close()
+    assert complaints == []
+
+
+def test_duration():
+    said = [pages.duration(seconds) for seconds in (0.4, 59.6, 65, 3599.7, 12000)]
+    assert said == ["0 s", "1 min 00 s", "1 min 05 s", "1 h 00 min", "3 h 20 min"]
+
+
+def test_the_readme_s_figure_is_copied_smaller(tmp_path):
+    pages.store_figure(tmp_path, tmp_path / "kept")  # not there, as without real data
+    assert not (tmp_path / "kept").exists()
+    (tmp_path / "figures").mkdir()
+    Image.new("RGB", (3000, 1500), "white").save(tmp_path / "figures" / pages.README_FIGURE)
+    pages.store_figure(tmp_path, tmp_path / "kept")
+    with Image.open(tmp_path / "kept" / pages.README_FIGURE) as image:
+        assert image.size == (1400, 700)
