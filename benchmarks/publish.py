@@ -1,4 +1,4 @@
-"""What is made once from trainings and tables, and committed: small networks, receptive fields, README's tables.
+"""Makes once, from trainings and tables, what is committed: small networks, receptive fields, README's tables.
 
 python benchmarks/publish.py network hippocampus    # results/reference/hippocampus/tiny.*
 python benchmarks/publish.py field                  # results/reference/hippocampus/receptive_field.csv

@@ -76,7 +76,7 @@ def measure_cpu(quick: bool) -> pd.DataFrame:
 
 
 def _plan(quick: bool) -> Iterator[tuple[str, str, int, Callable, tuple]]:
-    """What is measured: case, method, threads, function and its arguments."""
+    """A measurement: case, method, threads, function and its arguments."""
     lengths = (256, 512, 1024) if quick else (4096, 32768, 262144)
     short, middle, long = ((1, 96, length, 16) for length in lengths)
     for shape, methods in (

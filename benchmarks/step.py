@@ -7,7 +7,7 @@
     python benchmarks/step.py settings OUT.csv # results/reference/gpu/memory.csv
     python benchmarks/step.py gpu OUT.csv      # eager and captured steps on one GPU
 
-A row is written as soon as it is there.
+A row is written as soon as it is measured.
 """
 
 from __future__ import annotations

@@ -309,7 +309,7 @@ def data_plan(
 
 
 def _place(name: str) -> str:
-    """Where a data set is, in words."""
+    """Say where a data set is."""
     from srlib.data.catalog import CATALOG, find
 
     entry = CATALOG[name]

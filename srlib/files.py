@@ -202,7 +202,7 @@ def remove_temporaries(folder: Path) -> None:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`; rename it to `folder` when the block succeeds.
 
-    A folder that is there is complete; on an error nothing is left. Of two processes that write at
+    A folder with its final name is complete; on an error nothing is left. Of two processes that write at
     once one wins, and both find the same folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)

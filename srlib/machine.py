@@ -1,4 +1,4 @@
-"""What a result was computed with: versions, device, threads and commit."""
+"""Circumstances of a result: versions, device, threads and commit."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def device() -> torch.device:
 
 
 def processes() -> int:
-    """How many processes train one run together: as many as torchrun started, else 1."""
+    """Number of processes that train one run together: as many as torchrun started, else 1."""
     return int(os.environ["WORLD_SIZE"]) if torch.distributed.is_torchelastic_launched() else 1
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes; the others of torchrun only compute."""
+    """Tell whether this process is the one that writes; the others of torchrun only compute."""
     return processes() == 1 or os.environ["RANK"] == "0"
 
 
@@ -64,7 +64,7 @@ def device_name() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model name, as far as the system tells it."""
+    """The processor's model name, where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -188,7 +188,7 @@ class Dataset:
         return {path: _state(path) for case in self.cases for path in case.files}
 
     # Facts about all cases are remembered until a file's path, size or modification time, what is expected of it, or
-    # `RECIPE` changes. Prepared cases likewise: MONAI's PersistentDataset keeps pickles without checksums.
+    # `RECIPE` changes, and so are prepared cases: MONAI's PersistentDataset keeps pickles without checksums.
 
     def _identity(self, paths: Sequence[Path]) -> str:
         entry = self.entry
@@ -202,7 +202,7 @@ class Dataset:
         return cache_dir("facts") / f"{slug(self.entry.name)}-{what}-{self._identity(paths)}"
 
     def _place(self, case: Case) -> Path:
-        """Where a prepared case is kept: safetensors, which can be read without running code."""
+        """Path of a prepared case: safetensors, which can be read without running code."""
         folder = cache_dir("cases", slug(self.entry.name))
         return folder / f"{case.id}-{self._identity(case.files)}.safetensors"
 

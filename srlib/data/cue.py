@@ -116,7 +116,7 @@ def make_volume(number: int, recipe: Recipe) -> tuple[NDArray[np.int16], NDArray
 
 
 def nearest_mark(recipe: Recipe) -> float:
-    """How often the cue that lies nearest to a target, of whatever row, has the target's class: a rule without rows."""
+    """Share of targets whose nearest cue, of whatever row, has their class: a rule that knows no rows."""
     right = []
     for number in range(200):
         rows = rows_of(number, recipe)

@@ -24,7 +24,7 @@ logger = logging.getLogger("srlib")
 
 
 class Slice(NamedTuple):
-    """What the header of a slice states; lengths in mm, towards left, posterior and superior."""
+    """Header of a slice; lengths in mm, towards left, posterior and superior."""
 
     file: Path
     series: str

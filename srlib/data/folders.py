@@ -47,15 +47,15 @@ class Case(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a folder holds and states."""
+    """Content of a folder: its cases and what it states of them."""
 
     cases: tuple[Case, ...]  # in the order of their ids
     modalities: tuple[str, ...] = ()  # empty when nothing is stated
-    classes: dict[str, tuple[int, ...]] = {}  # noqa: RUF012 - label values of each; empty likewise
+    classes: dict[str, tuple[int, ...]] = {}  # noqa: RUF012 - label values of each; empty when nothing is stated
 
 
 class Layout(NamedTuple):
-    """How a folder is recognised (a pattern that matches something in it) and read."""
+    """A layout: a pattern that matches something in the folder, and its reader."""
 
     sign: str
     read: Callable[[Path], Contents]

@@ -1,4 +1,4 @@
-"""What labels mean: values in files, label maps in this library, and classes, which may overlap.
+"""Labels and their meaning: values in files, label maps in this library, and classes, which may overlap.
 
 values in a file --encode--> label map 0, 1, 2, ... --class_masks--> one mask a class
 <--decode--                                 <--label_scores-- the network's outputs

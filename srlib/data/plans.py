@@ -41,11 +41,11 @@ WATCHED = (".", "dataset.json", "imagesTr", "labelsTr", "images", "labels", "Raw
 
 
 class Measured(NamedTuple):
-    """What is kept of a case."""
+    """Measurements of a case."""
 
     id: str
     shape: NDArray[np.int64]  # voxels along R, A, S
-    spacing: NDArray[np.float64]  # mm likewise
+    spacing: NDArray[np.float64]  # mm along R, A, S
     values: list[int]  # that its label holds
     foreground: NDArray[np.float32]  # intensities (channels, n)
 
@@ -73,7 +73,7 @@ def load(folder: Path) -> Plan:
 
 
 def changed(folder: Path) -> tuple[int, ...]:
-    """When files came into a folder or left it, or its `dataset.json` was written."""
+    """Times at which files came into a folder or left it, or its `dataset.json` was written."""
     places = [folder / name for name in WATCHED]
     return tuple(place.stat().st_mtime_ns for place in places if place.exists())
 
@@ -171,7 +171,7 @@ def _spread(measured: list[Measured], median: Sequence[float]) -> list[str]:
 
 
 def _said(entry: Entry, measured: list[Measured]) -> list[str]:
-    """What to say of cases, channels and classes."""
+    """Describe cases, channels and classes."""
     empty = [case.id for case in measured if not case.values]
     lines = [f"{len(measured)} labelled cases"]
     if empty:
@@ -240,7 +240,7 @@ def _times(numbers: Iterable[float]) -> str:
 
 
 def _file(folder: Path, contents: Contents) -> Path:
-    """Where the plan is kept: named by the folder and the state of its files."""
+    """Path of the plan in the cache, named by the folder and the state of its files."""
     index = folder / "dataset.json"
     files = [path for case in contents.cases for path in case.files]
     states = [

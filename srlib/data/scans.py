@@ -73,7 +73,7 @@ class Window(NamedTuple):
     deviation: float
 
 
-# How a channel is normalised: each scan on its own scale, likewise over its voxels that are not 0, or by a window.
+# Normalisation of a channel: each scan on its own scale, the same over its voxels that are not 0, or by a window.
 Normalisation = Literal["scan", "nonzero"] | Window
 
 
@@ -236,7 +236,7 @@ def _itk_reader(path: Path) -> str:
 
 
 def _from_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
-    """As `_load`, of NIfTI-1 or NIfTI-2, compressed or not, whatever the ending says."""
+    """Load NIfTI-1 or NIfTI-2, compressed or not, whatever the ending says; returns as `_load`."""
     with _opened(path) as file:
         image = _nifti_class(file).from_stream(file)
         if image.get_data_dtype().kind not in "biuf":
@@ -334,7 +334,7 @@ def _refuse_data_elsewhere(path: Path) -> None:
 
 
 def _from_itk(image: Any) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
-    """As `_load`, of an image in ITK's coordinates."""
+    """Turn an image of ITK into what `_load` returns."""
     import SimpleITK as sitk
 
     if image.GetNumberOfComponentsPerPixel() != 1:

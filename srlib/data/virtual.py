@@ -111,7 +111,7 @@ def smooth_field(rng: np.random.Generator, width: float, recipe: Recipe) -> NDAr
 
 
 def deformation(rng: np.random.Generator, recipe: Recipe) -> NDArray[np.float64]:
-    """Where in the template each voxel of the subject comes from: MNI mm, (3, X, Y, Z)."""
+    """Origin in the template of each voxel of the subject: MNI mm, (3, X, Y, Z)."""
     from scipy.spatial.transform import Rotation
 
     angles = rng.uniform(-recipe.rotation, recipe.rotation, 3)

@@ -1,4 +1,4 @@
-"""What one training step costs: parameters, arithmetic, memory, time and energy, counted or measured.
+"""Costs of one training step: parameters, arithmetic, memory, time and energy, counted or measured.
 
 A *MAC* is one multiplication with its addition: two FLOP. torch's flop counter counts those of convolutions,
 matrix products and attention, and by its own formula the selective scan; norms, activations and interpolation are
@@ -168,7 +168,7 @@ class _Tracker(MemTracker):
 
 @dataclass(frozen=True)
 class Count:
-    """What `count` found.
+    """Findings of `count`.
 
     Attributes:
         totals: `parameters`, `trained` (those that receive a gradient), `gmacs` of a forward pass, `step_gmacs` of
@@ -423,7 +423,7 @@ def measure_apart(
 def _child(
     work: Workload, device: str, steps: int, limit: float | None, sender: Connection
 ) -> None:
-    """What the fresh process of `measure_apart` does."""
+    """Run in the fresh process of `measure_apart`."""
     if limit is not None:
         import resource
 
