@@ -87,23 +87,17 @@ class Collection:
         for entry in found["notebooks"].values():
             paths.require(file, what, entry, **ENTRY)
             for name in entry["outputs"]:
-                _require_inside(file, name)
+                place = (self.results / str(name)).resolve().parent
+                if place not in [self.results.resolve() / kind for kind in OUTPUTS]:
+                    raise ValueError(
+                        f"{file}: names the output {name!r}; expected files in {' and '.join(OUTPUTS)}"
+                        " only, since what is out of date is deleted"
+                    )
         return found
 
     def executed(self, notebook: Path, suffix: str = ".ipynb") -> Path:
         """Path of the executed copy of a notebook; with another suffix, of its page or its log."""
         return self.results / "notebooks" / (notebook.stem + suffix)
-
-
-def _require_inside(file: Path, name: str) -> None:
-    """`ValueError` unless a manifest's output is a file in its folder's figures or tables."""
-    results, place = file.parent.resolve(), (file.parent / str(name)).resolve()
-    folders = [(results / kind).resolve() for kind in OUTPUTS]
-    if place.parent not in folders or not place.is_relative_to(results):
-        raise ValueError(
-            f"{file}: names the output {name!r}; expected files in {' and '.join(OUTPUTS)} only,"
-            " since what is out of date is deleted"
-        )
 
 
 def plan(

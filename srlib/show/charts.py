@@ -125,12 +125,7 @@ def stacked_bars(table: pd.DataFrame, xlabel: str) -> Figure:
 
 
 def diagram(boxes: Mapping[str, tuple], arrows: Sequence[tuple[str, str, str]]) -> Figure:
-    """Boxes and arrows.
-
-    Args:
-        boxes: name -> (x, y, text, colour); one unit is the place of one box.
-        arrows: (from box, to box, text beside the arrow).
-    """
+    """Boxes, name -> (x, y, text, colour), one unit apart; arrows (from box, to box, text beside the arrow)."""
     xs, ys = zip(*(box[:2] for box in boxes.values()), strict=True)
     figure, axis = subplots(height=0.62 * (max(ys) - min(ys) + 1) + 0.3)
     shapes = {}
@@ -218,8 +213,7 @@ def error_by_volume(cases: pd.DataFrame) -> Figure:
 def reliability(bins: pd.DataFrame) -> Figure:
     """Observed frequency of a class against its predicted probability, and the voxels behind each point.
 
-    Args:
-        bins: sums over cases of `srlib.run.evaluate.probability_bins`.
+    `bins` are sums over cases of `srlib.run.evaluate.probability_bins`.
     """
     figure, (left, right) = subplots(1, 2, height=3.4)
     left.plot((0, 1), (0, 1), label="calibrated", **LINE)
@@ -393,12 +387,9 @@ def cue_volumes(distances: Sequence[int], number: int = 0) -> Figure:
 
 
 def accuracy_by_distance(table: pd.DataFrame) -> Figure:
-    """Accuracy of each system against the cue's distance: the mean over seeds as a line, each seed as a point.
+    """Accuracy, as `srlib.data.cue.accuracy` returns it, against the cue's distance: means over seeds, and each seed.
 
     A dotted line shows what `cue.nearest_mark` reaches.
-
-    Args:
-        table: as `srlib.data.cue.accuracy` returns it.
     """
     figure, axis = subplots(height=3.6)
     names, distances = list(table["title"].unique()), sorted(table["distance"].unique())

@@ -1,7 +1,6 @@
 """Figures and tables of a notebook: written down with what they were computed with, and displayed.
 
-The figures come from `srlib.show.charts` (charts) and `srlib.show.volumes` (slices of volumes, paths through them);
-what notebooks use of both can be imported here.
+`srlib.show.charts` and `srlib.show.volumes` draw the figures; what notebooks use of both can be imported here.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ class Record:
         dataset: name of its data set in the catalogue.
         seed: the seed of what is shown.
         inputs: source of the shown numbers; `None` means the data set.
-        reference: provenance of tables that the repository holds; stamped instead of profile, data, device and
-            seed, which had no part in them.
+        reference: provenance of tables that the repository holds, which is stamped instead of all these.
     """
 
     profile: str
@@ -60,7 +58,7 @@ class Record:
         """Stamp a figure, write it as PNG (300 dpi) and SVG, and display it in the notebook.
 
         Args:
-            figure: as a function of `srlib.show.charts` or `srlib.show.volumes` returns it.
+            figure: as a function of those modules returns it.
             name: file name without suffix, unique in the collection, as in `04-cases`.
             alt: text for readers who do not see the figure; it goes into the files, the notebook and its page.
 

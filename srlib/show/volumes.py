@@ -8,7 +8,7 @@ the order visited, as indices into a row-major grid.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,10 +71,10 @@ def tiles(
     for axis, item in zip(axes.flat, items, strict=False):
         cut = PLANES[item.plane]
         labels = np.zeros(np.shape(item.image)) if item.labels is None else item.labels
-        at = fullest(labels)[cut] if item.at is None else item.at
-        _draw_image(axis, item.image, cut, at, spacing, full_window(item.image))
-        style = {"filled": True} if item.filled else {"linewidths": 1.5 if columns <= 4 else 1}
-        _draw_labels(axis, labels, cut, at, spacing, range(len(classes)), **style)
+        plane = _Plane(cut, fullest(labels)[cut] if item.at is None else item.at, spacing)
+        plane.draw_image(axis, item.image, full_window(item.image))
+        style = {} if item.filled else {"linewidths": 1.5 if columns <= 4 else 1}
+        plane.draw_labels(axis, labels, range(len(classes)), item.filled, **style)
         axis.set_title(item.title, parse_math=False)  # a case may be called $x$
         axis.axison = ruled
     figure.legend(handles=_key(classes), loc="outside upper center", ncols=len(classes))
@@ -93,9 +93,6 @@ def case_view(
     """One slice of a case with outlines of its label maps, its metrics beside it.
 
     Args:
-        case: the case.
-        classes: names of the labels 1, 2, ...
-        spacing: of the voxels, in mm.
         plane: one of `PLANES`.
         at: index of the slice; `None` takes the one with most of the first label map.
         window: width and level (its centre) of the intensities from black to white; `None` takes `full_window`.
@@ -103,16 +100,17 @@ def case_view(
     """
     cut = PLANES[plane]
     at = fullest(next(iter(case.labels.values())))[cut] if at is None else at
+    view = _Plane(cut, at, spacing)
     figure, axis = subplots(height=4.2)
     axis.set_position((0.1, 0.16, 0.56, 0.76))  # the same for every slice
     axis.locator_params(nbins=5)
-    _draw_image(axis, case.image, cut, at, spacing, window or full_window(case.image))
+    view.draw_image(axis, case.image, window or full_window(case.image))
     visible = {*classes, *case.labels} if shown is None else set(shown)
-    drawn = [k for k, name in enumerate(classes) if name in visible]
+    outlined = [k for k, name in enumerate(classes) if name in visible]
     key = [handle for handle in _key(classes) if handle.get_label() in visible]
     for (name, labels), dash in zip(case.labels.items(), OUTLINES, strict=False):
         if name in visible:
-            _draw_labels(axis, labels, cut, at, spacing, drawn, linestyles=[dash])
+            view.draw_labels(axis, labels, outlined, False, linestyles=[dash])
             key.append(Line2D([], [], color=GREY, linestyle=dash, label=name))
     axis.set(title=f"{plane} slice {at} (0 to {np.shape(case.image)[cut] - 1})")
     figure.legend(handles=key, loc="upper left", bbox_to_anchor=(0.68, 0.94))
@@ -130,13 +128,7 @@ def gallery(
     classes: Sequence[str],
     spacing: Sequence[float],
 ) -> Figure:
-    """Cases as rows: image, reference, prediction, and the voxels in which the two differ.
-
-    Args:
-        cases: title -> (image, reference, prediction), each (D, H, W).
-        classes: names of the labels 1, 2, ...
-        spacing: of the voxels, in mm.
-    """
+    """Rows of title -> (image, reference, prediction), and the voxels in which the latter two differ."""
     items = []
     for title, (image, reference, prediction) in cases.items():
         at = fullest(reference)[PLANES["axial"]]
@@ -156,7 +148,6 @@ def surface_map(image: ArrayLike, distances: ArrayLike, spacing: Sequence[float]
     Args:
         image: (D, H, W).
         distances: (D, H, W) in mm, NaN off the surface, as from `srlib.run.evaluate.surface_distances`.
-        spacing: of the voxels, in mm.
     """
     values = np.asarray(distances)
     at = np.array(np.unravel_index(np.nanargmax(np.abs(values)), values.shape))
@@ -167,16 +158,16 @@ def surface_map(image: ArrayLike, distances: ArrayLike, spacing: Sequence[float]
     dim = 2.5 * width, level + 0.75 * width  # as dark at its lower end, grey at its upper one
     colours: dict[str, Any] = {"cmap": "PuOr_r", "norm": Normalize(-reach, reach)}
     figure, axes = subplots(2, 2, height=6.2)
-    for axis, (plane, cut) in zip(axes.flat, PLANES.items(), strict=False):
-        _draw_image(axis, image, cut, at[cut], spacing, dim)
+    for axis, (name, cut) in zip(axes.flat, PLANES.items(), strict=False):
+        plane = _Plane(cut, at[cut], spacing)
+        plane.draw_image(axis, image, dim)
         box = (*axis.get_xlim(), *axis.get_ylim())
-        surface = np.take(values, at[cut], axis=cut).T
-        drawn = axis.imshow(surface, origin="lower", extent=box, **colours)
-        across, up = (k for k in range(3) if k != cut)
-        worst = (at[[across, up]] + 0.5) * np.take(spacing, [across, up])
+        drawn = axis.imshow(plane.of(values), origin="lower", extent=box, **colours)
+        across, up = plane.sides
+        worst = (at[plane.sides] + 0.5) * np.take(spacing, plane.sides)
         axis.plot(*worst, "o", markersize=11, markerfacecolor="none", color=GREEN)
         axis.set(xlim=(low[across], high[across]), ylim=(low[up], high[up]))
-        axis.set(title=f"{plane} slice {at[cut]}")
+        axis.set(title=f"{name} slice {at[cut]}")
         axis.locator_params(nbins=4)
     shares = np.full(len(found), 100 / len(found))
     axes[1, 1].hist(values[tuple(found.T)], 40, weights=shares, color=GREY)
@@ -206,41 +197,41 @@ def _key(classes: Sequence[str]) -> list[Line2D]:
     return [Line2D([], [], color=next(colours), label=name) for name in classes]
 
 
-def _draw_image(
-    axis: Axes,
-    image: ArrayLike,
-    cut: int,
-    at: int,
-    spacing: Sequence[float],
-    window: tuple[float, float],
-) -> None:
-    """Slice `at` along the array axis `cut` as a grey picture in mm, black to white over the window (width, level)."""
-    values = np.take(np.asarray(image), at, axis=cut).T
-    across, up = (k for k in range(3) if k != cut)
-    extent = (0, values.shape[1] * spacing[across], 0, values.shape[0] * spacing[up])
-    low, high = window[1] - window[0] / 2, window[1] + window[0] / 2
-    axis.imshow(values, origin="lower", extent=extent, vmin=low, vmax=high)
-    axis.set(xlabel=AXIS_LABELS[across], ylabel=AXIS_LABELS[up], xlim=extent[:2], ylim=extent[2:])
+class _Plane(NamedTuple):
+    """Slice `at` along the array axis `cut` of volumes with that spacing, in mm."""
 
+    cut: int
+    at: int
+    spacing: Sequence[float]
 
-def _draw_labels(
-    axis: Axes,
-    labels: ArrayLike,
-    cut: int,
-    at: int,
-    spacing: Sequence[float],
-    classes: Collection[int],
-    filled: bool = False,
-    **style: Any,
-) -> None:
-    """The classes (label minus one) of that slice as outlines, or `filled`; options as in `Axes.contour`."""
-    framed = np.pad(np.take(np.asarray(labels), at, axis=cut).T, 1)  # closes outlines at the border
-    dx, dy = (spacing[k] for k in range(3) if k != cut)
-    x, y = (np.arange(framed.shape[1]) - 0.5) * dx, (np.arange(framed.shape[0]) - 0.5) * dy
-    draw = axis.contourf if filled else axis.contour
-    for k in classes:
-        if (framed == k + 1).any():
-            draw(x, y, framed == k + 1, [0.5, 1.5], colors=CLASS_COLOURS[k % 7], **style)
+    @property
+    def sides(self) -> list[int]:
+        """The array axes across and up."""
+        return [k for k in range(3) if k != self.cut]
+
+    def of(self, volume: ArrayLike) -> np.ndarray:
+        """The slice of a volume, (up, across)."""
+        return np.take(np.asarray(volume), self.at, axis=self.cut).T
+
+    def draw_image(self, axis: Axes, image: ArrayLike, window: tuple[float, float]) -> None:
+        """The slice in grey, its axes in mm, black to white over the window (width, level)."""
+        values, (across, up), (width, level) = self.of(image), self.sides, window
+        right, top = values.shape[1] * self.spacing[across], values.shape[0] * self.spacing[up]
+        grey: dict[str, Any] = {"vmin": level - width / 2, "vmax": level + width / 2}
+        axis.imshow(values, origin="lower", extent=(0, right, 0, top), **grey)
+        axis.set(xlabel=AXIS_LABELS[across], ylabel=AXIS_LABELS[up], xlim=(0, right), ylim=(0, top))
+
+    def draw_labels(
+        self, axis: Axes, labels: ArrayLike, classes: Iterable[int], filled: bool, **style: Any
+    ) -> None:
+        """The classes (label minus one) of the slice as outlines, or filled; options as in `Axes.contour`."""
+        framed = np.pad(self.of(labels), 1)  # closes outlines at the border
+        dx, dy = (self.spacing[k] for k in self.sides)
+        x, y = (np.arange(framed.shape[1]) - 0.5) * dx, (np.arange(framed.shape[0]) - 0.5) * dy
+        draw = axis.contourf if filled else axis.contour
+        for k in classes:
+            if (framed == k + 1).any():
+                draw(x, y, framed == k + 1, [0.5, 1.5], colors=CLASS_COLOURS[k % 7], **style)
 
 
 # --- Scan orders -----------------------------------------------------------------------------------
@@ -271,7 +262,6 @@ def order_view(
 
     Args:
         shape: (D, H, W) of the grid.
-        orders: name -> (L,) the tokens in the order visited.
         name: the order whose path is drawn.
         position: the step up to which it is drawn, 0 to L - 1.
         pair: the two voxels, (D, H, W) each.

@@ -122,7 +122,7 @@ def record(tmp_path, monkeypatch):
 
 @pytest.fixture
 def displayed(monkeypatch):
-    """What is displayed, as (bundle, metadata) pairs."""
+    """Pairs of bundle and metadata that are displayed."""
     shown = []
 
     def display(bundle, raw, metadata=None):

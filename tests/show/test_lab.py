@@ -3,11 +3,13 @@
 Chromium is the system's own (Debian: `apt-get install chromium`); Playwright's download is not used.
 """
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 
@@ -63,25 +65,16 @@ def lab(tmp_path_factory):
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
-            try:
+            assert server.poll() is None, (folder.parent / "log").read_text()
+            with contextlib.suppress(urllib.error.URLError, TimeoutError):
                 urllib.request.urlopen(f"{address}/api", timeout=5)
                 break
-            except (urllib.error.URLError, TimeoutError):
-                assert server.poll() is None, (folder.parent / "log").read_text()
-                server_wait(server)
+            time.sleep(0.5)
         yield address
     finally:
         server.terminate()
         server.wait(timeout=60)
         log.close()
-
-
-def server_wait(server: subprocess.Popen) -> None:
-    """Half a second, or less when the server ends."""
-    try:
-        server.wait(timeout=0.5)
-    except subprocess.TimeoutExpired:
-        return
 
 
 @pytest.fixture
@@ -110,19 +103,12 @@ def move(tab, slider: str, key: str) -> tuple[str, str]:
     return before[0], picture.get_attribute("alt")
 
 
-def keep(tab, name: str) -> None:
-    """A screenshot for those who want to look: into `$SRLIB_SCREENSHOTS`."""
-    if folder := os.environ.get("SRLIB_SCREENSHOTS"):
-        tab.screenshot(path=f"{folder}/{name}.png")
-
-
 def test_lab_opens_at_the_start(tab):
     tab.goto("/")
     tab.wait_for_selector(".jp-RenderedHTMLCommon h1")
     assert tab.locator(".jp-RenderedHTMLCommon h1").first.inner_text().startswith("00 Start here")
     assert tab.url.endswith("/lab/tree/00_start_here.ipynb")
     assert tab.locator(".lm-DockPanel-tabBar .lm-TabBar-tab").count() == 1
-    keep(tab, "start")
 
 
 def test_the_explorers_follow_their_sliders(tab):
@@ -136,5 +122,4 @@ def test_the_explorers_follow_their_sliders(tab):
     before, after = move(tab, "slice", "ArrowRight")
     assert before.startswith("Case one, axial slice 3")
     assert after.startswith("Case one, axial slice 4")
-    keep(tab, "explorers")
     assert tab.complaints == []
