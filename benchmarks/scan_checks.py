@@ -31,7 +31,7 @@ from torch import Tensor
 
 from srlib import machine, tables
 from srlib.files import REFERENCE
-from srlib.scan import ORDERS, mamba_mixer, mixer, selective_scan, token_order, triton
+from srlib.scan import ORDERS, Weights, mamba_mixer, mixer, selective_scan, token_order, triton
 from srlib.scan.definition import reference
 from srlib.scan.inputs import Options, ScanInputs
 
@@ -70,17 +70,14 @@ def mixer_inputs(
     }
 
 
-def mixer_by_definition(
-    x: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-) -> Tensor:
+def mixed(x: Tensor, order: str = "forward", nslices: int = 1, **weights: Tensor) -> Tensor:
+    """`mamba_mixer` of tensors by name."""
+    return mamba_mixer(x, Weights(**weights), order, nslices)
+
+
+def mixer_by_definition(x: Tensor, **weights: Tensor) -> Tensor:
     """The mixer over tokens (B, L, E) in the order of visit, each sequence with weights of its own (B, ...)."""
+    conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D = Weights(**weights)
     taps, length = conv_weight.shape[2], x.shape[1]
     history = F.pad(x, (0, 0, taps - 1, 0))
     before = sum(history[:, k : k + length] * conv_weight[:, None, :, k] for k in range(taps))
@@ -149,7 +146,7 @@ def length_errors(length: int, channels: int = 17, states: int = 2) -> dict[str,
     result = {}
     for name, function, inputs in (
         ("cpu", partial(selective_scan, backend="cpu"), scan_inputs(1, channels, length, states)),
-        ("fused mixer", mamba_mixer, mixer_inputs(1, channels, length, states)),
+        ("fused mixer", mixed, mixer_inputs(1, channels, length, states)),
     ):
         grad = torch.randn_like(inputs["u" if "u" in inputs else "x"])
         expected = by_definition(inputs, grad, orders)
@@ -215,7 +212,7 @@ def problem(operator: str, rng: np.random.Generator) -> tuple[Callable, Tensors,
     if operator == "fused mixer":
         more = {"rank": int(rng.integers(1, 4)), "taps": int(rng.integers(1, 5))}
         mixer.STRETCH = int(rng.choice([1, 2**12, 2**19]))
-        return mamba_mixer, mixer_inputs(**sizes, **more), options, torch.float32
+        return mixed, mixer_inputs(**sizes, **more), options, torch.float32
     inputs = scan_inputs(**sizes)
     for name in ("D", "z", "delta_bias"):
         if rng.random() < 0.3:
@@ -238,7 +235,8 @@ class _Triton(torch.autograd.Function):
         given = dict(zip(names, tensors, strict=True))
         ctx.inputs = ScanInputs(**{name: given.get(name) for name in ScanInputs._fields})
         ctx.options, ctx.names = options, names
-        ctx.states = torch.full(triton.states_shape(given["u"], given["A"]), torch.nan)
+        shape = triton.states_shape(given["u"], given["A"])
+        ctx.states = torch.full(shape, torch.nan, device=given["u"].device)
         return triton.forward(ctx.inputs, options, ctx.states)
 
     @staticmethod

@@ -1,12 +1,11 @@
-"""What surrounds a scan in Mamba: causal convolution, projections, scan (Gu and Dao 2023, figure 3).
+"""The parts of Mamba around a scan: causal convolution, projections, scan, gate (Gu and Dao 2023, figure 3).
 
 `mamba_mixer` is the composition as Mamba defines it, `mamba_mixers` the sum of several over the same tokens. On a
 GPU `triton_mixer.py` computes the sum. On the CPU, in float32, the operator `srlib::fused_mixer` computes one in the
-scan's own way. It goes along the order of visit in
-stretches whose inner tensors stay in the cache: tokens are read and written where they lie, so that no
-permuted copy is made, and between its input and the states nothing of the sequence's length is ever
-stored - a stretch is computed again in the backward pass. Elsewhere the composition as a whole is
-computed again, so that there, too, only x is kept.
+scan's own way. It goes along the order of visit in stretches whose inner tensors stay in the cache: tokens are read
+and written where they lie, so that no permuted copy is made, and between its input and the states nothing of the
+sequence's length is ever stored - a stretch is computed again in the backward pass. Elsewhere the composition as a
+whole is computed again, so that there, too, only x is kept.
 """
 
 from __future__ import annotations
@@ -27,33 +26,26 @@ from .inputs import ScanInputs, check_gradient, check_mixer
 from .operator import backends, choose, mixer_flops, register, selective_scan
 from .recompute import Recompute, recomputed
 
-
-class Weights(NamedTuple):
-    """A mixer's, as `mamba_mixer` takes them."""
-
-    conv_weight: Tensor
-    conv_bias: Tensor
-    x_proj: Tensor
-    dt_proj: Tensor
-    dt_bias: Tensor
-    A: Tensor
-    D: Tensor
-
-
 STRETCH = 2**19  # elements of an inner tensor, 2 MiB; about seven are in use
 
 logger = logging.getLogger("srlib.scan")
 
 
+class Weights(NamedTuple):
+    """The weights of a mixer of inner width E, rank R and N states."""
+
+    conv_weight: Tensor  # (E, taps), the last tap for the token itself
+    conv_bias: Tensor  # (E,)
+    x_proj: Tensor  # (R + 2 N, E), rows for the step size of rank R, for B and for C
+    dt_proj: Tensor  # (E, R)
+    dt_bias: Tensor  # (E,)
+    A: Tensor  # (E, N), negative
+    D: Tensor  # (E,)
+
+
 def mamba_mixer(
     x: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
+    weights: Weights,
     order: str = "forward",
     nslices: int = 1,
     recompute: Recompute = "auto",
@@ -66,13 +58,7 @@ def mamba_mixer(
 
     Args:
         x: tokens (B, L, E) in memory order.
-        conv_weight: (E, taps), the last tap for the token itself.
-        conv_bias: (E,).
-        x_proj: (R + 2 N, E), rows for the step size of rank R, for B and for C.
-        dt_proj: (E, R).
-        dt_bias: (E,).
-        A: (E, N), negative.
-        D: (E,).
+        weights: of the convolution, the projections and the scan.
         order: `forward`, `reverse` or `inter_slice` (see `token_order`).
         nslices: number of slices of the inter-slice order.
         recompute: of the composition; it keeps x alone then (`recomputed`).
@@ -86,11 +72,12 @@ def mamba_mixer(
             `fused` for tensors that the fused operator does not take.
         RuntimeError: `fused` where the fused operator cannot run.
     """
-    weights = Weights(conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
     check_mixer((x, *weights), order, nslices)
     if fused is not False and in_triton(x):
         return mamba_mixers(x, [weights], [order], nslices)
-    if _can_fuse(x, conv_weight) if fused is None else fused:
+    if fused is None:
+        fused = backends()["cpu"].available and not _refuses(x, weights.conv_weight)
+    if fused:
         return fused_mixer(x, *weights, order, nslices)
     compose = functools.partial(_composed, weights, order, nslices)
     return recomputed(x, compose, recompute=recompute)
@@ -104,22 +91,19 @@ def mamba_mixers(
     recompute: Recompute = "auto",
     fused: bool | None = None,
 ) -> Tensor:
-    """The sum of `mamba_mixer` over `orders`: tokens x (B, L, E) -> (B, L, E).
-
-    Args:
-        x: tokens in memory order.
-        weights: of each order.
-        orders: of the scans.
-        nslices: number of slices of the inter-slice order.
-        recompute, fused: as in `mamba_mixer`.
-    """
+    """The sum of `mamba_mixer` over `orders`, each with weights of its own: tokens x (B, L, E) -> (B, L, E)."""
     if fused is not False and in_triton(x):
         by_kind = [t for kind in zip(*weights, strict=True) for t in kind]
         return triton_mixer.mixers(x, by_kind, ",".join(orders), nslices)
-    y = mamba_mixer(x, *weights[0], orders[0], nslices, recompute, fused)
+    y = mamba_mixer(x, weights[0], orders[0], nslices, recompute, fused)
     for order, own in zip(orders[1:], weights[1:], strict=True):
-        y += mamba_mixer(x, *own, order, nslices, recompute, fused)
+        y += mamba_mixer(x, own, order, nslices, recompute, fused)
     return y
+
+
+def in_triton(x: Tensor) -> bool:
+    """Tell that Triton's kernels compute mixers, gate, projection and norm of x."""
+    return x.is_cuda and backends()["triton"].available and not triton_mixer.refuses(x)
 
 
 def gated(y: Tensor, z: Tensor) -> Tensor:
@@ -143,53 +127,35 @@ def channel_norm(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
     return triton_mixer.channel_norm(x, norm.weight, norm.bias, norm.eps, dtype)
 
 
-def _composed(weights: Sequence[Tensor], order: str, nslices: int, x: Tensor) -> Tensor:
+# --- The composition ------------------------------------------------------------------------------
+
+
+def _composed(weights: Weights, order: str, nslices: int, x: Tensor) -> Tensor:
     """The mixer step by step, over a copy of x in the order of visit."""
     conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D = weights
     tokens = token_order(order, x.shape[1], nslices, x.device)
     visited = x[:, tokens].transpose(1, 2)  # (B, L, E) -> (B, E, L) in the order of visit
     u = _causal_conv(visited, conv_weight, conv_bias)
-    delta, B, C = scan_arguments(u, x_proj, dt_proj, A)
+    dt, B, C = F.linear(u.transpose(1, 2), x_proj).split(_sizes(weights), dim=-1)
+    delta, B, C = (t.transpose(1, 2) for t in (F.linear(dt, dt_proj), B, C))
     y = selective_scan(u, delta, A, B, C, D, delta_bias=dt_bias)
     return y.new_empty(x.shape).index_copy(1, tokens, y.transpose(1, 2))
 
 
-def scan_arguments(u: Tensor, x_proj: Tensor, dt_proj: Tensor, A: Tensor) -> tuple[Tensor, ...]:
-    """What the scan's input u (B, E, L) chooses: delta (B, E, L), B and C (B, N, L)."""
-    dt, B, C = F.linear(u.transpose(1, 2), x_proj).split(_sizes(dt_proj, A), dim=-1)
-    delta, B, C = (t.transpose(1, 2) for t in (F.linear(dt, dt_proj), B, C))
-    return delta, B, C
-
-
-def in_triton(x: Tensor) -> bool:
-    """Triton's kernels compute what concerns x."""
-    return x.is_cuda and backends()["triton"].available and not triton_mixer.refuses(x)
-
-
-def _can_fuse(x: Tensor, conv_weight: Tensor) -> bool:
-    return not _refuses_to_fuse(x, conv_weight) and backends()["cpu"].available
-
-
-def _refuses_to_fuse(x: Tensor, conv_weight: Tensor) -> str:
-    """Why the fused operator cannot take such tensors."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return f"x: expected torch.float32 on the CPU, got {x.dtype} on {x.device.type}"
-    if conv_weight.shape[1] > cpu.MOST_TAPS:
-        return f"conv_weight: expected at most {cpu.MOST_TAPS} taps, got {conv_weight.shape[1]}"
-    return ""
-
-
-def _sizes(dt_proj: Tensor, A: Tensor) -> list[int]:
+def _sizes(weights: Weights) -> list[int]:
     """Widths of what x_proj yields: R for the step size, N for B, N for C."""
-    return [dt_proj.shape[1], A.shape[1], A.shape[1]]
+    return [weights.dt_proj.shape[1], *[weights.A.shape[1]] * 2]
 
 
 def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The causal convolution with SiLU by causal-conv1d's kernel where it is there and takes it, or by torch."""
+    """The causal depthwise convolution with SiLU of x (B, E, L): by the kernel of causal-conv1d or by torch."""
     channels, taps = weight.shape
-    taken = x.is_cuda and x.dtype != torch.float64 and 2 <= taps <= 4 and channels % 8 == 0
-    kernel = _causal_conv_kernel() if taken else None
-    return kernel(x, weight, bias) if kernel else torch_conv(x, weight, bias)
+    if x.is_cuda and x.dtype != torch.float64 and 2 <= taps <= 4 and channels % 8 == 0:
+        kernel = _causal_conv_kernel()
+        if kernel:
+            return kernel(x, weight, bias)
+    padded = F.pad(x, (taps - 1, 0))
+    return F.silu(F.conv1d(padded, weight[:, None], bias, groups=channels))
 
 
 @functools.cache
@@ -203,11 +169,7 @@ def _causal_conv_kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         return None
 
 
-def torch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The causal depthwise convolution with SiLU of x (B, E, L), weight (E, taps), in torch's operators."""
-    channels, taps = weight.shape
-    padded = F.pad(x, (taps - 1, 0))
-    return F.silu(F.conv1d(padded, weight[:, None], bias, groups=channels))
+# --- The fused operator on the CPU ----------------------------------------------------------------
 
 
 class _Stretches:
@@ -256,16 +218,25 @@ class _Stretches:
         rows = self.work("rows", batch, count, len(x_proj))
         self.conv.forward(begin, cpu.order_table("forward", count, 1), u.transpose(1, 2))
         torch.mm(u.flatten(0, 1), x_proj.T, out=rows.flatten(0, 1))
-        dt, B, C = rows.split(_sizes(dt_proj, A), dim=-1)
+        dt, B, C = rows.split(_sizes(self.weights), dim=-1)
         torch.mm(dt.flatten(0, 1), dt_proj.T, out=delta.flatten(0, 1))
         u, delta, B, C = (t.transpose(1, 2) for t in (u, delta, B, C))
         return ScanInputs(u, delta, A, B, C, D, None, dt_bias), dt
 
 
-def _check_fused(*given: Any) -> None:
+def _refuses(x: Tensor, conv_weight: Tensor) -> str:
+    """Why the fused operator cannot take such tensors; empty where it can."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return f"x: expected torch.float32 on the CPU, got {x.dtype} on {x.device.type}"
+    if conv_weight.shape[1] > cpu.MOST_TAPS:
+        return f"conv_weight: expected at most {cpu.MOST_TAPS} taps, got {conv_weight.shape[1]}"
+    return ""
+
+
+def _check(*given: Any) -> None:
     *tensors, order, nslices = given
     check_mixer(tensors, order, nslices)
-    if reason := _refuses_to_fuse(*tensors[:2]):
+    if reason := _refuses(*tensors[:2]):
         raise ValueError(reason)
     choose("cpu", tensors[0].device, tensors[0].dtype)
 
@@ -328,7 +299,7 @@ fused_mixer = register(
     _forward,
     _backward,
     states_shape=_states_shape,
-    check=_check_fused,
+    check=_check,
     flops=lambda x, weight, _, x_proj, dt_proj, __, A, *___: mixer_flops(
         x, weight, x_proj, dt_proj, A
     ),

@@ -98,20 +98,29 @@ class _Launch:
     ) -> None:
         """Launch a kernel that goes through the sequence."""
         strided = [x for t in sequences for x in (t, (0, 0, 0) if t is None else t.stride())]
-        with torch.cuda.device_of(self.A):
-            getattr(_kernels(), kernel)[self.grid](
-                *strided, self.A, B, C, self.D, self.bias, *rest,
-                **self.sizes, **self.scan, BLOCK=BLOCK, num_warps=1, **more,
-            )  # fmt: skip
+        launch(
+            getattr(_kernels(), kernel), self.grid, self.A,
+            *strided, self.A, B, C, self.D, self.bias, *rest,
+            **self.sizes, **self.scan, BLOCK=BLOCK, num_warps=1, **more,
+        )  # fmt: skip
 
-    def join(self, ends: Tensor, totals: Tensor, starts: Tensor, backwards: bool) -> Tensor:
-        """The states that chunks start from, written to `starts`."""
-        with torch.cuda.device_of(self.A):
-            _kernels().join[self.grid[1], self.sizes["states"], self.grid[2]](
-                ends, totals, self.A, starts, batch=self.grid[2], **self.sizes,
-                ROWS=32, BLOCK=BLOCK, BACKWARDS=backwards, num_warps=1,
-            )  # fmt: skip
-        return starts
+
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **more: Any) -> None:
+    """Launch `kernel(*arguments, **more)` on the device of `like`."""
+    with torch.cuda.device_of(like):
+        kernel[grid](*arguments, **more)
+
+
+def join(
+    ends: Tensor, totals: Tensor, A: Tensor, starts: Tensor, batch: int, backwards: bool
+) -> Tensor:
+    """The states that chunks start from, written to `starts` (rows, chunks, N, D) from `ends` of that shape."""
+    rows, chunks, states, channels = ends.shape
+    launch(
+        _kernels().join, (-(-channels // BLOCK), states, rows), A, ends, totals, A, starts, batch=batch,
+        chunks=chunks, channels=channels, states=states, ROWS=32, BLOCK=BLOCK, BACKWARDS=backwards, num_warps=1,
+    )  # fmt: skip
+    return starts
 
 
 def forward(inputs: ScanInputs, options: Options, states: Tensor) -> Tensor:
@@ -121,7 +130,7 @@ def forward(inputs: ScanInputs, options: Options, states: Tensor) -> Tensor:
     ends, totals = go.room(inputs.A.shape[1]), go.room()
     go.run("walk", (u, delta, None, None), go.B, go.C, None, ends, totals)
     starts = states if states.numel() else torch.empty_like(ends)
-    go.join(ends, totals, starts, backwards=False)
+    join(ends, totals, go.A, starts, len(u), backwards=False)
     go.run("walk", (u, delta, z, y), go.B, go.C, starts, None, None)
     return y
 
@@ -141,7 +150,7 @@ def backward(inputs: ScanInputs, options: Options, states: Tensor, grad: Tensor)
     )  # fmt: skip
     out["C"].copy_(by_block.sum(0).transpose(1, 2))
     del by_block
-    after = go.join(carries, totals, torch.empty_like(carries), backwards=True)
+    after = join(carries, totals, go.A, torch.empty_like(carries), len(u), backwards=True)
 
     B, C = (F.pad(t, (0, 0, TILE, TILE)) for t in (go.B, go.C))  # tiles may reach beyond the ends
     by_block = go.A.new_empty(go.grid[1], *B.shape)

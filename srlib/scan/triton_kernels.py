@@ -39,6 +39,18 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _inter_slice(step, length, slice_length):
+    """The token that the inter-slice order visits at `step`."""
+    whole = length // slice_length  # slices that have all their tokens
+    rest = length - whole * slice_length  # tokens of the slice after them
+    late = step >= rest * (whole + 1)  # past the tokens that this slice has too
+    per_row = tl.where(late, whole, whole + 1)
+    since = tl.where(late, step - rest * (whole + 1), step)
+    row = since // per_row
+    return tl.where(late, rest, 0) + row + (since - row * per_row) * slice_length
+
+
+@triton.jit
 def _token(step, length, slice_length, ORDER: tl.constexpr):
     """The token visited at `step`, and its place in its slice, which `_next` wants to know."""
     if ORDER == "forward":
@@ -46,13 +58,7 @@ def _token(step, length, slice_length, ORDER: tl.constexpr):
     elif ORDER == "reverse":
         token = length - 1 - step
     else:
-        whole = length // slice_length  # slices that have all their tokens
-        rest = length - whole * slice_length  # tokens of the slice after them
-        late = step >= rest * (whole + 1)  # past the tokens that this slice has too
-        per_row = tl.where(late, whole, whole + 1)
-        since = tl.where(late, step - rest * (whole + 1), step)
-        row = since // per_row
-        token = tl.where(late, rest, 0) + row + (since - row * per_row) * slice_length
+        token = _inter_slice(step, length, slice_length)
     return token, token % slice_length
 
 

@@ -29,11 +29,10 @@ from . import triton
 from .definition import ORDERS
 from .inputs import check_gradient, check_mixer
 from .operator import mixer_flops, register
+from .triton import BLOCK, join, launch
 
-BLOCK = 32  # channels of a program of the scan, which is one warp
-PROGRAMS = (
-    132 * 32
-)  # chunks are long enough for no more: an H200 holds as many of `walk_orders` at once
+# Chunks are long enough for no more programs of the scan: an H200 holds as many of `walk_orders` at once.
+PROGRAMS = 132 * 32
 CHUNKS = (16, 256)  # shortest and longest chunk
 TILE = 8  # steps whose states the backward pass holds in registers
 REGISTERS = {"walk": 64, "backward": 128}  # of a thread; fewer let more programs run at once
@@ -64,12 +63,8 @@ class _Orders:
         conv, _, _, dt_proj, _, A, _ = weights[:: len(orders)]
         (self.batch, self.length, channels), count = x.shape, len(orders)
         self.x, self.count, self.rows = x, count, count * self.batch
-        self.channels, self.taps, self.states, self.ranks = (
-            channels,
-            conv.shape[1],
-            A.shape[1],
-            dt_proj.shape[1],
-        )
+        self.channels, self.taps = channels, conv.shape[1]
+        self.states, self.ranks = A.shape[1], dt_proj.shape[1]
         # Widths of matrices are multiples of 8, which the GPU's matrix units ask for.
         self.rank = -(-self.ranks // 8) * 8
         self.width = -(-(self.rank + 2 * self.states) // 8) * 8
@@ -80,22 +75,13 @@ class _Orders:
         self.chunks = -(-self.padded // self.chunk)
         self.steps = {
             "orders": sum(ORDERS.index(order) << 2 * i for i, order in enumerate(orders)),
-            "length": self.length,
-            "padded": self.padded,
-            "slice_length": -(-self.length // nslices),
-            "batch": self.batch,
-            "channels": channels,
-            "BLOCK": BLOCK,
-        }
-        self.scan = {
-            **self.steps,
-            "chunks": self.chunks,
-            "per_chunk": self.chunk,
-            "states": self.states,
-            "ROW": self.width,
-            "RANK": self.rank,
-            "num_warps": 1,
-        }
+            "length": self.length, "padded": self.padded, "slice_length": -(-self.length // nslices),
+            "batch": self.batch, "channels": channels, "BLOCK": BLOCK,
+        }  # fmt: skip
+        self.scan = dict(
+            **self.steps, chunks=self.chunks, per_chunk=self.chunk, states=self.states, ROW=self.width,
+            RANK=self.rank, num_warps=1,
+        )  # fmt: skip
         self.wide = {"STATES": _power(self.states)}
 
     def _pack(self, weights: Sequence[Tensor]) -> None:
@@ -108,41 +94,27 @@ class _Orders:
         self.dt_proj = room(channels, self.rank, dtype=half)
         self.bias, self.A, self.D = room(channels), room(self.states, channels), room(channels)
         kinds = [tuple(weights[i : i + self.count]) for i in range(0, len(weights), self.count)]
-        with torch.cuda.device_of(self.x):
-            _kernels().pack[self.blocks, self.count](
-                *(tuple(t.contiguous() for t in kind) for kind in kinds),
-                *self.conv, self.x_proj, self.dt_proj, self.bias, self.A, self.D,
-                count=self.count, channels=channels, TAPS=self.taps, states=self.states, ranks=self.ranks,
-                RANK=self.rank, WIDTH=self.width, FEW=_power(max(self.taps, self.states, self.rank)),
-                WIDE=_power(self.width), BLOCK=BLOCK, num_warps=4,
-            )  # fmt: skip
+        launch(
+            _kernels().pack, (self.blocks, self.count), self.x,
+            *(tuple(t.contiguous() for t in kind) for kind in kinds),
+            *self.conv, self.x_proj, self.dt_proj, self.bias, self.A, self.D,
+            count=self.count, channels=channels, TAPS=self.taps, states=self.states, ranks=self.ranks,
+            RANK=self.rank, WIDTH=self.width, FEW=_power(max(self.taps, self.states, self.rank)),
+            WIDE=_power(self.width), BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
 
     def tiled(
         self, kernel: str, rows: int, *arguments: Any, programs: int = 0, **more: int
     ) -> None:
         """Launch a kernel whose programs have `STEPS` steps each, or so many programs."""
         grid = (programs or -(-self.padded // STEPS), self.blocks, rows)
-        with torch.cuda.device_of(self.x):
-            getattr(_kernels(), kernel)[grid](
-                *arguments, **self.steps, **more, TAPS=self.taps, STEPS=STEPS, num_warps=4
-            )
+        more |= {**self.steps, "TAPS": self.taps, "STEPS": STEPS, "num_warps": 4}
+        launch(getattr(_kernels(), kernel), grid, self.x, *arguments, **more)
 
     def scanned(self, kernel: str, *arguments: Any, **more: int) -> None:
         """Launch a kernel that goes through the sequences."""
-        with torch.cuda.device_of(self.x):
-            getattr(_kernels(), kernel)[self.chunks, self.blocks, self.rows](
-                *arguments, **self.scan, **more
-            )
-
-    def join(self, ends: Tensor, totals: Tensor, backwards: bool, starts: Tensor) -> Tensor:
-        """The states that chunks start from, written to `starts`."""
-        with torch.cuda.device_of(self.x):
-            triton._kernels().join[self.blocks, self.states, self.rows](
-                ends, totals, self.A, starts, batch=self.batch, chunks=self.chunks,
-                channels=self.channels, states=self.states, ROWS=32, BLOCK=BLOCK,
-                BACKWARDS=backwards, num_warps=1,
-            )  # fmt: skip
-        return starts
+        grid = self.chunks, self.blocks, self.rows
+        launch(getattr(_kernels(), kernel), grid, self.x, *arguments, **self.scan, **more)
 
     def room(self, *rows: int) -> Tensor:
         """Float32 room for `rows` of channels of each chunk."""
@@ -163,7 +135,7 @@ class _Orders:
         more = {**self.wide, "maxnreg": REGISTERS["walk"]}
         self.scanned("walk_orders", *given, None, ends, totals, None, **more)
         starts = torch.empty_like(ends) if states is None else states
-        self.join(ends, totals, False, starts)
+        join(ends, totals, self.A, starts, self.batch, backwards=False)
         self.scanned("walk_orders", *given, starts, None, None, y, **more)
 
     def backward(self, grad: Tensor, states: Tensor, du: Tensor) -> tuple[Tensor, ...]:
@@ -184,7 +156,7 @@ class _Orders:
             "carries_of_orders", u, delta, rows, grad, self.A, self.bias, states, tile_starts, carries, totals,
             parts[..., self.states :], **tiles, **self.wide,
         )  # fmt: skip
-        after = self.join(carries, totals, True, torch.empty_like(carries))
+        after = join(carries, totals, self.A, torch.empty_like(carries), self.batch, backwards=True)
         sums = self.room(self.states + 2)
         self.scanned(
             "gradients_of_orders", u, delta, rows, grad, du, self.A, self.D, self.bias, tile_starts, after,
@@ -193,11 +165,10 @@ class _Orders:
         del tile_starts
         if self.blocks > 1:
             tokens = parts[0, ..., 0].numel()
-            with torch.cuda.device_of(self.x):
-                _kernels().sum_blocks[-(-tokens // 64),](
-                    parts, weights, tokens, blocks=self.blocks, width=2 * self.states, ROW=self.width,
-                    STEPS=64, WIDE=_power(2 * self.states), num_warps=4,
-                )  # fmt: skip
+            launch(
+                _kernels().sum_blocks, (-(-tokens // 64),), self.x, parts, weights, tokens, blocks=self.blocks,
+                width=2 * self.states, ROW=self.width, STEPS=64, WIDE=_power(2 * self.states), num_warps=4,
+            )  # fmt: skip
         torch.bmm(delta, self.dt_proj, out=d_rows[..., : self.rank])  # delta is its gradient by now
         du.baddbmm_(d_rows, self.x_proj)
         zeros = self.rank - self.ranks
@@ -210,21 +181,12 @@ class _Orders:
         """The gradients by x and by the convolution's weights and bias; `du` is used up."""
         programs = min(SUMS, -(-self.length // STEPS))
         sums = self.room().new_empty(self.rows, programs, (1 + self.taps) * self.channels)
-        self.tiled(
-            "through_silu",
-            self.rows,
-            self.x,
-            self.x.stride(1),
-            du,
-            *self.conv,
-            sums,
-            programs=programs,
-        )
+        given = self.x, self.x.stride(1), du, *self.conv, sums
+        self.tiled("through_silu", self.rows, *given, programs=programs)
         dx = self.x.new_empty(self.x.shape)
         self.tiled("unconvolve", self.batch, du, self.conv[0], dx, count=self.count)
-        bias, weight = (
-            sums.unflatten(0, (self.count, -1)).sum((1, 2)).tensor_split([self.channels], 1)
-        )
+        total = sums.unflatten(0, (self.count, -1)).sum((1, 2))
+        bias, weight = total.tensor_split([self.channels], 1)
         return dx, weight.unflatten(1, (-1, self.taps)), bias
 
 
@@ -348,10 +310,9 @@ mixers = register(
 def _launch_gate(kernel: str, tokens: Tensor, *arguments: Any, **more: int) -> None:
     """Launch a kernel of the gate over tokens (B, L, E)."""
     count, channels = tokens[..., 0].numel(), tokens.shape[-1]
-    with torch.cuda.device_of(tokens):
-        getattr(_kernels(), kernel)[-(-count // STEPS), -(-channels // BLOCK)](
-            *arguments, count, **more, channels=channels, STEPS=STEPS, BLOCK=BLOCK, num_warps=4
-        )
+    grid = -(-count // STEPS), -(-channels // BLOCK)
+    more |= {"channels": channels, "STEPS": STEPS, "BLOCK": BLOCK, "num_warps": 4}
+    launch(getattr(_kernels(), kernel), grid, tokens, *arguments, count, **more)
 
 
 def _gated(y: Tensor, z: Tensor | None) -> Tensor:
@@ -410,10 +371,10 @@ def _norm(
 ) -> Tensor:
     batch, channels, length = x.shape
     out, tile = _norm_output(x, weight, bias, eps, dtype), _norm_tile(channels)
-    with torch.cuda.device_of(x):
-        _kernels().norm[-(-length // tile["TOKENS"]), batch](
-            x, x.stride(), weight.float(), bias.float(), out, length, channels, eps, **tile
-        )
+    launch(
+        _kernels().norm, (-(-length // tile["TOKENS"]), batch), x,
+        x, x.stride(), weight.float(), bias.float(), out, length, channels, eps, **tile,
+    )  # fmt: skip
     return out
 
 
@@ -425,19 +386,10 @@ def _norm_backward(
     programs = min(SUMS, -(-length // tile["TOKENS"]))
     sums = x.new_empty(batch, programs, 2, channels, dtype=torch.float32)
     dx = torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        _kernels().norm_backward[programs, batch](
-            x,
-            x.stride(),
-            weight.float(),
-            grad.contiguous(),
-            dx,
-            sums,
-            length,
-            channels,
-            eps,
-            **tile,
-        )
+    launch(
+        _kernels().norm_backward, (programs, batch), x,
+        x, x.stride(), weight.float(), grad.contiguous(), dx, sums, length, channels, eps, **tile,
+    )  # fmt: skip
     return [dx, *(t.to(weight.dtype) for t in sums.sum((0, 1)))]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import LOG2E, _apart, _sigmoid, _step_size
+from .triton_kernels import LOG2E, _apart, _inter_slice, _sigmoid, _step_size
 
 # Sizes that differ from image to image: no kernel is compiled anew for them.
 SIZES = ("orders", "length", "padded", "slice_length", "batch", "chunks", "per_chunk")
@@ -23,13 +23,7 @@ SIZES = ("orders", "length", "padded", "slice_length", "batch", "chunks", "per_c
 @triton.jit
 def visited(step, order, length, slice_length):
     """The token that is visited at `step`."""
-    whole = length // slice_length  # slices that have all their tokens
-    rest = length - whole * slice_length  # tokens of the slice after them
-    late = step >= rest * (whole + 1)  # past the tokens that this slice has too
-    per_row = tl.where(late, whole, whole + 1)
-    since = tl.where(late, step - rest * (whole + 1), step)
-    row = since // per_row
-    token = tl.where(late, rest, 0) + row + (since - row * per_row) * slice_length
+    token = _inter_slice(step, length, slice_length)
     return tl.where(order == 0, step, tl.where(order == 1, length - 1 - step, token))
 
 
