@@ -28,7 +28,7 @@ from scipy.ndimage import gaussian_filter
 from srlib import data, machine
 from srlib.files import REFERENCE
 from srlib.run import runs, train
-from srlib.run.checkpoints import Trained, save_trained
+from srlib.run.train import Trained, save_trained
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
 Quick = Annotated[bool, typer.Option("--quick")]

@@ -19,9 +19,9 @@ from torch import nn
 from srlib import data, files, machine, tables
 from srlib.net.model import FEATURES
 from srlib.net.peers import PEERS
-from srlib.run import evaluate, pretrained, runs, train
-from srlib.run.checkpoints import load_trained, save_trained
+from srlib.run import evaluate, predict, runs, train
 from srlib.run.runs import RunConfig
+from srlib.run.train import load_trained, save_trained
 from srlib.study import grid, receptive
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
@@ -54,7 +54,7 @@ def network(dataset: str, steps: int = 1500) -> None:
     with tempfile.TemporaryDirectory() as scratch:  # where the predictions go
         save_trained(Path(scratch, "tiny.safetensors"), rounded)
         scores = evaluate.evaluate(config, checkpoint=Path(scratch, "tiny.safetensors"))
-    file = pretrained.file(dataset)
+    file = predict.provided(dataset)
     save_trained(file, rounded)
     parameters = sum(tensor.numel() for tensor in rounded.weights.values())
     with files.atomic_path(file.with_suffix(".md")) as temporary:
@@ -165,7 +165,7 @@ LEFT = 0.75  # of the memory: the rest is for the CUDA context, work spaces and 
 
 @app.command()
 def scale() -> None:
-    """Print both tables, which stand in the documents by hand; tests/test_publish.py holds them to these."""
+    """Print both tables, which stand in the documents by hand; tests/study/test_publish.py holds them to these."""
     typer.echo(f"{markdown(fits())}\n\n{markdown(cost())}")
 
 

@@ -32,11 +32,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from srlib import files, machine, tables
-from srlib.net.costs import GIB, LEVERS, PUBLISHED, Workload, count, loss_function, measure_apart
+from srlib.net.costs import GIB, LEVERS, Workload, count, loss_function, measure_apart
 from srlib.net.peers import PEERS
 from srlib.run import train
 from srlib.run.captured import WARM_UP, CapturedStep
 from srlib.study import grid
+from srlib.study.published import PUBLISHED
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
 FOLDER = files.REFERENCE / "memory"

@@ -107,8 +107,7 @@ def gpus(out: Path, processes: int = 2) -> None:
 
     `losses`: `srlib.run.train` on hippocampus, fold 0, a short training with cuDNN's deterministic algorithms and
     without TF32. `loss_difference` is the largest one to one process's losses at the same step, absolute; for one
-    process, to its own second training. In float32 rounding grows within some steps (tests/test_train_distributed.py
-    says why).
+    process, to its own second training. In float32 rounding grows within some steps (`tests/run/` says why).
 
     `time`: a step on random images, as the training does it, the loss read at its end; `ms_per_step` is the median, of
     the slowest process. `speedup` is against one process at the same global batch.

@@ -241,7 +241,7 @@ def info(
 ) -> None:
     """Versions, device, back ends of the scan, and the data sets that are here; or a network's facts."""
     from srlib import data, machine
-    from srlib.run.checkpoints import load_trained
+    from srlib.run.train import load_trained
     from srlib.scan import backends
 
     if checkpoint:
@@ -392,8 +392,8 @@ def evaluate(checkpoint: CheckpointFile) -> None:
 
     metrics.csv has a row for each case and class. Printed is their spread over the cases.
     """
-    from srlib.run.checkpoints import load_trained
     from srlib.run.evaluate import evaluate, summarise
+    from srlib.run.train import load_trained
 
     file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
     config = load_trained(file).config

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from srlib.net.costs import published
 from srlib.net.model import FEATURES, GSC, SegResMamba
 from srlib.net.peers import CHECKPOINTED, PEERS, SMALL, Padded, SegMamba, build, with_checkpoints
 from srlib.net.tom import ToMLayer
+from srlib.study.published import published
 
 # Registered and never used: a norm of UNETR's transformer, ResEnc's heads for deep supervision.
 UNUSED = {"unetr": 18_432, "nnunet_resenc": 10_808}

@@ -129,7 +129,7 @@ def test_out_of_memory(place, monkeypatch, error):
         invoke(*TRAIN, "--steps", "3"), "out of memory", "lower --patch or --batch-size", "--model"
     )
     write(place / "scan.nii", scan(0)[0], AFFINE)
-    monkeypatch.setattr("srlib.run.windows.scores_by_slab", fail)
+    monkeypatch.setattr("srlib.run.predict.scores_by_slab", fail)
     refused(invoke(*PREDICT, "scan.nii"), "scan: out of memory", "smaller --patch or --model")
 
 

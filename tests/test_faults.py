@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from srlib import cli, data
 from srlib import files as paths
 from srlib.book import collection
-from srlib.run import checkpoints, runs, train
+from srlib.run import runs, train
 from srlib.run.runs import RunConfig
 
 QUICK = RunConfig("mni152", steps=2, model="tiny", batch_size=1, patch_size=(36, 20, 20), warmup=1)
@@ -68,7 +68,7 @@ def of_another_network(path: Path) -> None:
 
 
 def of_another_version(path: Path) -> None:
-    found = checkpoints.load_trained(path)
+    found = train.load_trained(path)
     about = {"config": {"dataset": "mni152", "wings": 2}, "dataset": {}}
     paths.save_tensors(path, found.weights, about)
 
@@ -83,12 +83,12 @@ def changed(change):
     """Spoils a network before it is written, so that its checksum is right."""
 
     def spoil(path: Path) -> None:
-        checkpoints.save_trained(path, change(checkpoints.load_trained(path)))
+        train.save_trained(path, change(train.load_trained(path)))
 
     return spoil
 
 
-def with_weights(found: checkpoints.Trained, change) -> checkpoints.Trained:
+def with_weights(found: train.Trained, change) -> train.Trained:
     name = sorted(found.weights)[0]
     return found._replace(weights=found.weights | {name: change(found.weights[name])})
 
@@ -127,12 +127,12 @@ def test_a_network_that_would_give_wrong_masks_is_refused_by_name(
 
 
 def test_other_versions_are_told_where_a_network_is_read(trained, tmp_path, caplog):
-    found = checkpoints.load_trained(trained)
+    found = train.load_trained(trained)
     assert not caplog.records
     assert set(found.versions) == {"srlib", "torch", "monai", "numpy"}
     file = tmp_path / "model.safetensors"
-    checkpoints.save_trained(file, found._replace(versions=found.versions | {"torch": "1.0+cpu"}))
-    checkpoints.load_trained(file)
+    train.save_trained(file, found._replace(versions=found.versions | {"torch": "1.0+cpu"}))
+    train.load_trained(file)
     (line,) = caplog.messages
     assert line.startswith(
         f"{file}: trained with torch 1.0+cpu, here is {torch.__version__.partition('+')[0]}"
@@ -237,9 +237,9 @@ def predict(trained: Path, *scans_and_out: Path):
 
 def test_equal_networks_are_equal_files(trained, tmp_path):
     """So that files tell whether a resumed training ends as an undisturbed one."""
-    found = checkpoints.load_trained(trained)
+    found = train.load_trained(trained)
     for k in range(8):
-        checkpoints.save_trained(tmp_path / f"{k}.safetensors", found)
+        train.save_trained(tmp_path / f"{k}.safetensors", found)
     contents = {path.read_bytes() for path in tmp_path.iterdir()}
     assert contents == {(trained / "model.safetensors").read_bytes()}
 
@@ -250,7 +250,7 @@ def a_state(path: Path, config: RunConfig = QUICK) -> None:
     optimizer = torch.optim.AdamW(network.parameters())
     history = torch.tensor([[0, 1.0, 1e-3, 0.1]], dtype=torch.float64)
     state = {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-    checkpoints.save_state(path, config, state)
+    train.save_state(path, config, state)
 
 
 def a_truncated_state(path: Path) -> None:

@@ -11,8 +11,7 @@ from torch import nn
 from srlib import files
 from srlib.net.model import FEATURES, SegResMamba, load_released_state_dict
 from srlib.net.peers import with_checkpoints
-from srlib.run.checkpoints import load_trained
-from srlib.run.train import build_model
+from srlib.run.train import build_model, load_trained
 
 ORACLE = Path(__file__).parent / "oracles" / "released_segresmamba_f8.npz"
 TINY = FEATURES["tiny"]

@@ -24,16 +24,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srlib.data.virtual import write_task
 from srlib.files import cached_folder
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CLASSES = ("A", "B")
 DISTANCES = (4, 8, 16, 32, 48, 64)
@@ -143,29 +140,3 @@ def _write(folder: Path, recipe: Recipe) -> None:
 
 def _volumes(recipe: Recipe) -> Iterator[tuple[NDArray[np.int16], NDArray[np.uint8]]]:
     return (make_volume(number, recipe) for number in range(recipe.volumes))
-
-
-def accuracy(cases: pd.DataFrame) -> pd.DataFrame:
-    """How often a network is right about the class, for each run of the task.
-
-    Args:
-        cases: as `srlib.study.grid.cases` returns it.
-
-    Returns:
-        Columns `system`, `title`, `distance`, `seed`, `accuracy`, `found`. Of the voxels that are called A or B in all
-        held-out volumes, `accuracy` is the share called right: 1/2 when targets are found but not told apart. `found`
-        is their number over that of the targets' voxels.
-    """
-    right = cases["sensitivity"] * cases["volume_ref_ml"]
-    distance = cases["dataset"].map({name: recipe.distance for name, recipe in RECIPES.items()})
-    sums = (
-        cases.assign(right=right, distance=distance)
-        .groupby(["system", "title", "distance", "seed"], sort=False)[
-            ["right", "volume_ref_ml", "volume_pred_ml"]
-        ]
-        .sum()
-        .reset_index()
-    )
-    sums["accuracy"] = sums["right"] / sums["volume_pred_ml"]
-    sums["found"] = sums["volume_pred_ml"] / sums["volume_ref_ml"]
-    return sums.drop(columns=["right", "volume_ref_ml", "volume_pred_ml"])

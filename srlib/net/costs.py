@@ -22,7 +22,6 @@ computed again it comes where a single layer needs most, and these gradients may
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -33,7 +32,6 @@ from functools import lru_cache, partial
 from itertools import accumulate, chain
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -65,7 +63,6 @@ TRACKED = {  # what torch's memory tracker calls them -> part
 }
 PARTS = tuple(dict.fromkeys(TRACKED.values()))
 SILENCE = 3600.0  # seconds that a process apart may take from one report to the next: of one step, at most
-PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 loss_function = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
 
 
@@ -437,12 +434,6 @@ def _child(
         reason = f"{type(error).__name__}: " + str(error).partition("\n")[0]
         allowed = "" if limit is None else f" (at most {limit:g} GiB of data)"
         sender.send({"failed": reason + allowed})
-
-
-def published(table: str) -> pd.DataFrame:
-    """A table of the paper as printed, indexed by the systems' names; `PUBLISHED` has the source and the settings."""
-    rows, columns = PUBLISHED[table]["rows"], PUBLISHED[table]["columns"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
 @lru_cache

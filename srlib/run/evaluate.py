@@ -41,10 +41,9 @@ from srlib import data, tables
 from srlib.data.catalog import MEAN
 from srlib.data.labels import class_masks
 from srlib.files import RECIPE, atomic_path, cached_json, save_json
-from srlib.run.checkpoints import load_trained, require_same_data
+from srlib.run.predict import scores_by_slab
 from srlib.run.runs import RunConfig, run_dir, run_id
-from srlib.run.train import restore
-from srlib.run.windows import scores_by_slab
+from srlib.run.train import load_trained, require_same_data, restore
 
 METRICS = ("dice", "nsd", "hd95")
 BINS = 10  # of probabilities
@@ -70,38 +69,28 @@ def evaluate(
         srlib.files.DataError: the data set, its classes or the held-out cases are not those of the training.
     """
     network = checkpoint or run_dir(config) / "model.safetensors"
-    kept = network.parent
+    scores_file, table_file = (network.parent / name for name in ("evaluation.json", "metrics.csv"))
     trained, dataset = load_trained(network), data.open(config.dataset)
     require_same_data(trained, network)
     entry = dataset.entry
     cases = list(trained.split.test[: config.test_cases])
-    made_with: dict[str, Any] = {"recipe": RECIPE}
-    made_with |= {"network": hashlib.sha256(network.read_bytes()).hexdigest(), "cases": cases}
+    weights = hashlib.sha256(network.read_bytes()).hexdigest()
+    made_with: dict[str, Any] = {"recipe": RECIPE, "network": weights, "cases": cases}
     made_with["data"] = trained.fingerprint
-    scores_file, table_file = kept / "evaluation.json", kept / "metrics.csv"
-    nothing = {"made_with": made_with, "rows": []}
-    found = cached_json(scores_file, lambda: nothing)
+    found = cached_json(scores_file, lambda: {"made_with": made_with, "rows": []})
     rows: list[dict] = found["rows"] if found["made_with"] == made_with else []
     missing = [case_id for case_id in cases if case_id not in {row["case"] for row in rows}]
 
     if missing:
         model = restore(trained, network)
-    for case_id in tqdm(
-        missing,
-        desc="evaluation",
-        disable=not missing or (None if progress is None else not progress),
-    ):
+    hidden = not missing or (None if progress is None else not progress)
+    for case_id in tqdm(missing, desc="evaluation", disable=hidden):
         case = dataset.load(case_id)
-        prediction = predict(model, case["image"], config.patch_size)
-        _save_labels(prediction, case["affine"], kept / "predictions" / f"{case_id}.nii.gz")
-        scores = score(
-            prediction,
-            case["label"][0],
-            entry.spacing,
-            entry.classes,
-            entry.nsd_tolerance,
-            entry.members,
-        )
+        labels = predict(model, case["image"], config.patch_size)
+        with atomic_path(network.parent / "predictions" / f"{case_id}.nii.gz") as temporary:
+            nib.save(nib.Nifti1Image(labels.numpy(), np.asarray(case["affine"])), temporary)
+        about = (entry.spacing, entry.classes, entry.nsd_tolerance, entry.members)
+        scores = score(labels, case["label"][0], *about)
         require_same_data(trained, network)  # also now that the case has been read
         rows += [{"case": case_id, **row} for row in scores]
         save_json(scores_file, {"made_with": made_with, "rows": rows})
@@ -112,6 +101,16 @@ def evaluate(
 def test_cases(config: RunConfig) -> list[str]:
     """The held-out cases that a run is evaluated on: its fold's, cut to `config.test_cases`."""
     return list(data.open(config.dataset).split(config.fold).test[: config.test_cases])
+
+
+def load_prediction(config: RunConfig, case_id: str) -> Tensor:
+    """The label map (D, H, W) that `evaluate` stored for a held-out case."""
+    file = run_dir(config) / "predictions" / f"{case_id}.nii.gz"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"run {run_id(config)} has no prediction for case {case_id!r}: {file}"
+        )
+    return torch.from_numpy(np.asarray(nib.load(file).dataobj, dtype=np.uint8))  # type: ignore[attr-defined]
 
 
 def predict(model: nn.Module, image: Tensor, patch_size: Sequence[int]) -> Tensor:
@@ -125,17 +124,17 @@ def predict(model: nn.Module, image: Tensor, patch_size: Sequence[int]) -> Tenso
     Returns:
         Label map (D, H, W), uint8, on the CPU.
     """
-    slabs = _logits(model, image, patch_size)
-    return torch.cat([logits.argmax(0).to(torch.uint8).cpu() for logits in slabs])
+    slabs = _scores(model, image, patch_size)
+    return torch.cat([scores.argmax(0).to(torch.uint8).cpu() for scores in slabs])
 
 
 def probabilities(model: nn.Module, image: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """What `predict` chooses from: the probability of each class, background first, (K+1, D, H, W), on the CPU."""
-    slabs = _logits(model, image, patch_size)
-    return torch.cat([logits.softmax(0).cpu() for logits in slabs], dim=1)
+    """The probability of each class, background first, (K+1, D, H, W), on the CPU; `predict` takes the largest."""
+    slabs = _scores(model, image, patch_size)
+    return torch.cat([scores.softmax(0).cpu() for scores in slabs], dim=1)
 
 
-def _logits(model: nn.Module, image: Tensor, patch_size: Sequence[int]) -> Iterator[Tensor]:
+def _scores(model: nn.Module, image: Tensor, patch_size: Sequence[int]) -> Iterator[Tensor]:
     """Slabs (K+1, d, H, W) along the first axis, averaged over the windows, on the model's device."""
     return scores_by_slab(model, image, patch_size, next(model.parameters()).device)
 
@@ -152,7 +151,7 @@ def score(
 
     Args:
         prediction: label map (D, H, W); 0 is background.
-        reference: likewise.
+        reference: label map (D, H, W).
         spacing: voxel size (mm).
         classes: their names.
         tolerance: of the NSD (mm).
@@ -167,18 +166,17 @@ def score(
         class_masks(labels[None, None], members).long() for labels in (prediction, reference)
     )
     with warnings.catch_warnings():  # of empty structures, which are handled below
-        warnings.filterwarnings("ignore", message=r".*is all 0, this may result in nan/inf")
-        warnings.filterwarnings(
-            "ignore", message=r".*always_return_as_numpy", category=FutureWarning
-        )
-        dice = compute_dice(pred, ref)[0]
+        for words in (r".*is all 0, this may result in nan/inf", r".*always_return_as_numpy"):
+            warnings.filterwarnings("ignore", message=words)
         tolerances = [tolerance] * len(classes)
         surfaces: dict[str, Any] = {"include_background": True, "spacing": tuple(spacing)}
-        nsd = compute_surface_dice(pred, ref, tolerances, **surfaces)[0]
-        hd95 = compute_hausdorff_distance(pred, ref, percentile=95, **surfaces)[0]
-    counts = get_confusion_matrix(pred, ref)
-    sensitivity = compute_confusion_matrix_metric("sensitivity", counts)[0]
-    metrics = {"dice": dice, "nsd": nsd, "hd95": hd95, "sensitivity": sensitivity}
+        sensitivity = ("sensitivity", get_confusion_matrix(pred, ref))
+        metrics = {
+            "dice": compute_dice(pred, ref)[0],
+            "nsd": compute_surface_dice(pred, ref, tolerances, **surfaces)[0],
+            "hd95": compute_hausdorff_distance(pred, ref, percentile=95, **surfaces)[0],
+            "sensitivity": compute_confusion_matrix_metric(*sensitivity)[0],
+        }
 
     voxel_ml = math.prod(spacing) / 1000
     diagonal = math.hypot(*(n * mm for n, mm in zip(reference.shape, spacing, strict=True)))
@@ -238,7 +236,7 @@ def surface_distances(
 
     Args:
         prediction: one structure (D, H, W), bool.
-        reference: likewise.
+        reference: the same one (D, H, W), bool.
         spacing: voxel size (mm).
 
     Returns:
@@ -254,19 +252,3 @@ def surface_distances(
     distances = np.full(ours.shape, np.nan)
     distances[ours] = np.where(reference.numpy()[ours], -far, far)
     return distances
-
-
-def load_prediction(config: RunConfig, case_id: str) -> Tensor:
-    """The label map (D, H, W) that `evaluate` stored for a held-out case."""
-    file = run_dir(config) / "predictions" / f"{case_id}.nii.gz"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"run {run_id(config)} has no prediction for case {case_id!r}: {file}"
-        )
-    return torch.from_numpy(np.asarray(nib.load(file).dataobj, dtype=np.uint8))  # type: ignore[attr-defined]
-
-
-def _save_labels(labels: Tensor, affine: np.ndarray, file: Path) -> None:
-    image = nib.Nifti1Image(labels.numpy(), np.asarray(affine))
-    with atomic_path(file) as temporary:
-        nib.save(image, temporary)

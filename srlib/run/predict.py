@@ -1,40 +1,46 @@
 """Masks of foreign scans: from a trained network's file alone, on each scan's own grid, in bounded memory.
 
-    files --srlib.data.scans--> RAS, working spacing, normalised --srlib.run.windows--> scores, slab by slab
+    files --srlib.data.scans--> RAS, working spacing, normalised --scores_by_slab--> scores, slab by slab
           --interpolated on the scan's grid--> label map --> mask in the scan's orientation and format
 
 The working grid differs from the scan's by a permutation and mirroring of axes and a scale along each, so
 scores go from one to the other axis by axis, as soon as a slab of them is complete.
+
+MONAI's `sliding_window_inference` holds the scores of the whole image, 8.8 GB for 14 classes of a CT with
+512 x 512 x 600 voxels. Here it walks over one row of windows at a time, and the rows are blended along the remaining
+axis as it blends within them. The weight of a window is a Gaussian along each axis (standard deviation an eighth of
+the window), so the weights of a row factor out.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from srlib import data
-from srlib.data import labels
-from srlib.data import scans as images
-from srlib.files import atomic_path
+from srlib.data import labels, scans
+from srlib.files import REFERENCE, atomic_path
 from srlib.machine import device
-from srlib.run import windows
-from srlib.run.checkpoints import load_trained
-from srlib.run.train import restore
+from srlib.run.train import load_trained, restore
 
-CHANNEL = re.compile(r"_(\d{4})$")  # nnU-Net's ending of a file's name: the channel that it holds
 WHOLE = -1  # the file has no such ending
+FORMATS = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}  # scan -> mask
 PLANES = 8  # of the scan's grid that are interpolated at a time
+OVERLAP = 0.5  # of neighbouring windows, as a share of their length
+Predictor = Callable[[Tensor], Tensor]
 
 
 class Mask(NamedTuple):
@@ -54,9 +60,13 @@ class Segmenter(NamedTuple):
 
 def load(checkpoint: Path) -> Segmenter:
     """The trained network of a file `model.safetensors`, or of the folder of its run, on this machine's device."""
-    file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
-    trained = load_trained(file)
-    return Segmenter(restore(trained, file), trained.entry, trained.config.patch_size)
+    trained = load_trained(checkpoint)
+    return Segmenter(restore(trained, checkpoint), trained.entry, trained.config.patch_size)
+
+
+def provided(dataset: str) -> Path:
+    """Where the repository's small trained network for a data set would be; `tiny.md` beside it is its model card."""
+    return REFERENCE / dataset / "tiny.safetensors"
 
 
 # --- What is to be segmented ----------------------------------------------------------------------
@@ -93,8 +103,8 @@ def find_cases(inputs: Sequence[Path], channels: int) -> dict[str, tuple[Path, .
 
 
 def _name_and_channel(path: Path) -> tuple[str, int]:
-    name = images.stem(path) or path.resolve().name  # `.` has none
-    channel = CHANNEL.search(name)
+    name = scans.stem(path) or path.resolve().name  # `.` has none
+    channel = scans.CHANNEL.search(name)
     return (name[: channel.start()], int(channel[1])) if channel else (name, WHOLE)
 
 
@@ -103,38 +113,14 @@ def _files(inputs: Sequence[Path]) -> Iterator[Path]:
         if not path.exists():
             raise data.DataError(f"{path}: no such file or folder")
         inside = sorted(path.iterdir()) if path.is_dir() else []
-        scans = [p for p in inside if images.stem(p) and not p.name.startswith(".")]
-        yield from scans or [path]
-
-
-def target(out: Path, name: str, files: Sequence[Path]) -> Path:
-    """Where the mask of a case goes: NRRD and MetaImage keep their format, all others give NIfTI.
-
-    Raises:
-        srlib.files.DataError: the mask would lie among the scans, or where a data set has their labels, also by
-            way of a link; it would be one of the scans' files.
-    """
-    places = [place for file in files for place in (file, file.resolve())]
-    folders = {(place if place.is_dir() else place.parent).resolve() for place in places}
-    folders |= {f.parent / f.name.replace("images", "labels") for f in folders}
-    if out.is_dir() and out.resolve() in folders:
-        raise data.DataError(f"{out}: holds the scans or their labels; choose another folder")
-    suffix = files[0].suffix.lower() if files[0].is_file() else ""
-    suffix = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}.get(
-        suffix, ".nii.gz"
-    )
-    path = out / (name + suffix)
-    if path.exists() and any(
-        path.samefile(file) for file in files
-    ):  # a link, or another case of its name
-        raise data.DataError(f"{path}: is the scan itself; choose another folder")
-    return path
+        found = [p for p in inside if scans.stem(p) and not p.name.startswith(".")]
+        yield from found or [path]
 
 
 def targets(
     out: Path, cases: Mapping[str, Sequence[Path]], overwrite: bool = False
 ) -> dict[str, Path]:
-    """Where the mask of each case goes, as `target` says.
+    """Where the mask of each case goes: NRRD and MetaImage keep their format, all others give NIfTI.
 
     Args:
         out: folder.
@@ -142,9 +128,21 @@ def targets(
         overwrite: masks that are there may be replaced.
 
     Raises:
-        srlib.files.DataError: as `target`; a file that is there, unless it may be replaced.
+        srlib.files.DataError: the masks would lie among the scans, or where a data set has their labels, also by
+            way of a link; a mask would be one of the scans' files, or is there and may not be replaced.
     """
-    found = {name: target(out, name, files) for name, files in cases.items()}
+    found = {}
+    for name, files in cases.items():
+        places = [place for file in files for place in (file, file.resolve())]
+        folders = {(place if place.is_dir() else place.parent).resolve() for place in places}
+        folders |= {f.parent / f.name.replace("images", "labels") for f in folders}
+        if out.is_dir() and out.resolve() in folders:
+            raise data.DataError(f"{out}: holds the scans or their labels; choose another folder")
+        suffix = files[0].suffix.lower() if files[0].is_file() else ""
+        path = found[name] = out / (name + FORMATS.get(suffix, ".nii.gz"))
+        # a link, or another case of its name
+        if path.exists() and any(path.samefile(file) for file in files):
+            raise data.DataError(f"{path}: is the scan itself; choose another folder")
     there = [str(path) for path in found.values() if os.path.lexists(path)]
     if there and not overwrite:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
@@ -158,7 +156,7 @@ def targets(
 def segment(
     segmenter: Segmenter,
     files: Sequence[Path],
-    overlap: float = windows.OVERLAP,
+    overlap: float = OVERLAP,
     flips: bool = False,
     progress: bool | None = None,
 ) -> Mask:
@@ -178,26 +176,26 @@ def segment(
     entry, patch_size = segmenter.entry, segmenter.patch_size
     if flips and not entry.flip_axes:
         raise ValueError(f"{entry.title}: states no axis along which cases may be mirrored")
-    scans = images.read_channels(files, entry.in_channels)
-    shape, affine = scans[0].array.shape, scans[0].affine
-    image, working_affine = images.prepare(scans, entry.spacing, entry.normalisation)
-    del scans
+    channels = scans.read_channels(files, entry.in_channels)
+    shape, affine = channels[0].array.shape, channels[0].affine
+    image, working_affine = scans.prepare(channels, entry.spacing, entry.normalisation)
+    del channels
     grid = OwnGrid.of(shape, np.linalg.inv(working_affine) @ affine)
     size = image.shape[1:]
     axis = int(np.argmax(size))  # the longest: the slabs across it are smallest
     bar = tqdm(
-        total=windows.count(size, patch_size, overlap),
+        total=window_count(size, patch_size, overlap),
         desc=files[0].name[:40],
         leave=False,
         disable=None if progress is None else not progress,
     )
-    model = windows.mirrored(segmenter.model, entry.flip_axes) if flips else segmenter.model
+    model = mirrored(segmenter.model, entry.flip_axes) if flips else segmenter.model
 
     def counted(window: Tensor) -> Tensor:
         bar.update()
         return model(window)
 
-    slabs = windows.scores_by_slab(counted, image, patch_size, device(), axis, overlap)
+    slabs = scores_by_slab(counted, image, patch_size, device(), axis, overlap)
     with bar, closing(slabs):
         found = grid.in_file_order(label_map(slabs, size, axis, grid))
     return Mask(labels.decode(found, entry), affine)
@@ -289,6 +287,99 @@ def interpolate(scores: Tensor, axis: int, positions: Tensor) -> Tensor:
     return torch.lerp(below, above, share)
 
 
+# --- Windows -------------------------------------------------------------------------------------
+
+
+def window_starts(size: int, window: int, overlap: float = OVERLAP) -> list[int]:
+    """First voxels of the windows along an axis: evenly spaced, the last one ends with the axis."""
+    last = max(size - window, 0)
+    return [*range(0, last, max(int(window * (1 - overlap)), 1)), last]
+
+
+def window_count(size: Sequence[int], patch_size: Sequence[int], overlap: float = OVERLAP) -> int:
+    """How many windows an image of that size is looked at through."""
+    return prod(
+        len(window_starts(n, window, overlap)) for n, window in zip(size, patch_size, strict=True)
+    )
+
+
+def scores_by_slab(
+    predictor: Predictor,
+    image: Tensor,
+    patch_size: Sequence[int],
+    device: torch.device | str = "cpu",
+    axis: int = 0,
+    overlap: float = OVERLAP,
+) -> Generator[Tensor, None, None]:
+    """Blended scores of an image, in consecutive slabs that together make up the whole.
+
+    Memory: the scores of two slabs of one window's length, wherever `image` lies.
+
+    Args:
+        predictor: a window (1, C, *patch_size) -> scores (1, K, *patch_size), on `device`.
+        image: (C, X, Y, Z), float; where it is smaller than the window it is padded with zeros, its
+            mean after normalisation.
+        patch_size: of the window, voxels.
+        device: where windows and scores are.
+        axis: spatial axis (0 to 2) that is walked along.
+        overlap: of neighbouring windows, from 0 to below 1.
+
+    Yields:
+        Scores (K, X, Y, Z) with as many planes along `axis` as are complete, on `device`.
+    """
+    size, window = image.shape[1 + axis], min(patch_size[axis], image.shape[1 + axis])
+    lengths = [window if k == axis else n for k, n in enumerate(patch_size)]
+    weights = [
+        _gaussian(n).view([-1 if j == k else 1 for j in range(3)]).to(device)
+        for k, n in enumerate(lengths)
+    ]
+    along = weights.pop(axis)
+    within_row = prod(weights, start=torch.ones((), device=device)).expand(*patch_size)[None, None]
+
+    first = window_starts(size, window, overlap)
+    rest = rest_weights = None
+    for start, following in zip(first, [*first[1:], size], strict=True):
+        with torch.inference_mode():
+            row = image.narrow(1 + axis, start, window)[None].to(device)
+            scores = sliding_window_inference(
+                row, tuple(patch_size), 1, predictor, overlap, roi_weight_map=within_row
+            )[0]
+            scores *= along
+            total = along.clone()
+            if rest is not None and rest_weights is not None:
+                scores.narrow(1 + axis, 0, rest.shape[1 + axis]).add_(rest)
+                total.narrow(axis, 0, rest.shape[1 + axis]).add_(rest_weights)
+            done = following - start
+            rest = scores.narrow(1 + axis, done, window - done).clone()
+            rest_weights = total.narrow(axis, done, window - done)
+            complete = scores.narrow(1 + axis, 0, done).div_(total.narrow(axis, 0, done))
+        del scores
+        yield complete
+        del complete
+
+
+def mirrored(predictor: Predictor, axes: Sequence[int]) -> Predictor:
+    """The mean of a predictor's scores over all mirrorings along spatial axes (0 to 2)."""
+    subsets = [
+        [2 + axis for axis, flip in zip(axes, choice, strict=True) if flip]
+        for choice in product((False, True), repeat=len(axes))
+    ]
+
+    def mean_of_mirrorings(window: Tensor) -> Tensor:
+        total = predictor(window)
+        for dims in subsets[1:]:  # the first is empty
+            total = total + predictor(window.flip(dims)).flip(dims)
+        return total / len(subsets)
+
+    return mean_of_mirrorings
+
+
+def _gaussian(length: int) -> Tensor:
+    """Weights along a window's axis, (length,)."""
+    offsets = torch.arange(length) - (length - 1) / 2
+    return torch.exp(-0.5 * (offsets / (length / 8)) ** 2)
+
+
 # --- Writing --------------------------------------------------------------------------------------
 
 
@@ -301,4 +392,4 @@ def write_mask(mask: Mask, like: Path, path: Path, overwrite: bool = False) -> N
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path}: is there already; --overwrite replaces it")
     with atomic_path(path) as temporary:
-        images.write_labels(mask.array, mask.affine, like, temporary)
+        scans.write_labels(mask.array, mask.affine, like, temporary)

@@ -34,7 +34,7 @@ class RunConfig:
     """Everything that one training is asked to do.
 
     Attributes:
-        dataset: name in `srlib.data.catalog.CATALOG`, or the whole path of a folder (`srlib.data.plans`).
+        dataset: name in `srlib.data.catalog.CATALOG`, or the whole path of a folder.
         fold: which fold is held out.
         seed: of the initial weights and of every sample.
         steps: optimizer steps; the budget of a comparison.
@@ -143,10 +143,10 @@ def run_id(config: RunConfig) -> str:
 
 
 def run_dir(config: RunConfig) -> Path:
-    """The folder of a run (it may not exist yet)."""
+    """The folder of a run, which need not exist."""
     return runs_root() / run_id(config)
 
 
 def is_done(config: RunConfig) -> bool:
-    """Whether the run's training has finished here."""
+    """Tell whether the run's training has finished here."""
     return (run_dir(config) / "run.json").is_file()

@@ -5,51 +5,67 @@ interrupted and resumed computes the same weights as one that was not, bit for b
 
 Under torchrun the processes share each batch. As many samples each, loss and gradients of the batch are the means of
 theirs; nothing in the networks or the loss looks across samples.
+
+| file of a run | content |
+|---|---|
+| `checkpoint.pt` | weights, optimizer and history of an unfinished run, and its configuration |
+| `model.safetensors` | trained weights; as metadata what was trained, on which data and cases, and with what |
+| `history.csv`, `run.json` | loss and learning rate of each step; the record that marks the run as done |
+
+No file is read as a pickle, which could run code: PyTorch loads the first with `weights_only`. Fabric's `save` is not
+used: it renames a file that the system has not written to the disk yet, and holds it in memory once more.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import logging
 import math
 import multiprocessing
 import os
 import platform
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from zipfile import is_zipfile
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from srlib import data, tables
+from srlib import __version__, data, machine, tables
 from srlib.data import labels
-from srlib.files import atomic_path, locked, remove_temporaries
+from srlib.data.catalog import tuples
+from srlib.files import (
+    BrokenFile,
+    atomic_path,
+    load_tensors,
+    locked,
+    remove_temporaries,
+    save_tensors,
+)
 from srlib.machine import device, is_first_process, processes
 from srlib.net.model import FEATURES, SegResMamba
 from srlib.net.peers import SMALL, build
 from srlib.run.captured import CapturedStep, capturable, set_learning_rate
-from srlib.run.checkpoints import (
-    CheckpointError,
-    Trained,
-    about_to_train,
-    data_changes,
-    load_state,
-    load_trained,
-    save_state,
-    save_trained,
-)
 from srlib.run.runs import RunConfig, is_done, run_dir, run_id
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 HISTORY = ("step", "loss", "learning_rate", "seconds")
+# Types of weights: as trained, rounded as in the repository's small networks, and counters.
+WEIGHTS = (torch.float32, torch.float16, torch.int64)
+logger = logging.getLogger("srlib")
+
+
+class CheckpointError(ValueError):
+    """A file of a training that cannot be used; the message names it and says why."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,26 @@ class TrainResult:
     history: pd.DataFrame
 
 
+class Trained(NamedTuple):
+    """A trained network as its file holds it.
+
+    Attributes:
+        config: what was trained.
+        entry: the data set that it was trained on: channels, classes, spacing, normalisation.
+        weights: the network's state dict, on the CPU.
+        fingerprint: of the data that it was trained on (`srlib.data.Dataset.fingerprint`).
+        split: the cases that it was trained on, and those that were held out.
+        versions: of what it was trained with.
+    """
+
+    config: RunConfig
+    entry: data.Entry
+    weights: dict[str, Tensor]
+    fingerprint: str
+    split: data.Split
+    versions: dict[str, str]
+
+
 def build_model(config: RunConfig, entry: data.Entry | None = None) -> nn.Module:
     """The untrained network of a run, with weights that only its seed decides.
 
@@ -68,24 +104,15 @@ def build_model(config: RunConfig, entry: data.Entry | None = None) -> nn.Module
         config: of the run.
         entry: its data set's; `None` looks it up.
     """
-    dataset = entry or data.get(config.dataset)
-    channels = dataset.in_channels, dataset.out_channels
+    entry = entry or data.get(config.dataset)
+    channels = entry.in_channels, entry.out_channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.model in SMALL:
             return build(config.model, *channels, config.patch_size, SMALL)
-        return SegResMamba(
-            *channels,
-            FEATURES[config.model],
-            nslices=config.nslices,
-            tom=config.tom,
-            tom_residual=config.tom_residual,
-            scan_orders=config.scan_orders,
-            recurrence=config.recurrence,
-            extra_conv=config.extra_conv,
-            block=config.block,
-            variant=config.variant,
-        )
+        names = ("nslices", "tom", "tom_residual", "scan_orders", "recurrence", "extra_conv")
+        settings = {name: getattr(config, name) for name in (*names, "block", "variant")}
+        return SegResMamba(*channels, FEATURES[config.model], **settings)
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -112,7 +139,7 @@ def train(
         ValueError: when the processes of torchrun cannot share a batch equally.
         srlib.files.DataError: before anything is computed, when a case cannot be trained on; while it trains, when
             the data set is not any more what it was.
-        srlib.run.checkpoints.CheckpointError: the state to resume from is broken or another run's.
+        CheckpointError: the state to resume from is broken or another run's.
         OSError: nothing can be written, as on a full disk; what was written before stays.
         FloatingPointError: the training diverged; the state before stays.
     """
@@ -122,12 +149,12 @@ def train(
         )
     folder = run_dir(config)
     if not is_done(config):
-        fabric = launch(config)
+        fabric, dataset = launch(config), data.open(config.dataset)
         with fabric.rank_zero_first():  # the others find the cases checked
-            data.open(config.dataset).check(config.fold)
+            dataset.check(config.fold)
         with locked(folder) if is_first_process() else nullcontext():
             if not fabric.broadcast(is_done(config)):
-                _train(fabric, config, folder, progress, checkpoint_seconds)
+                _train(fabric, config, dataset, folder, progress, checkpoint_seconds)
     model = restore(load_trained(folder), folder)
     return TrainResult(folder, model, tables.read(folder / "history.csv"))
 
@@ -145,7 +172,7 @@ def restore(trained: Trained, file: Path) -> nn.Module:
     Its largest output is the label, also where it was trained on overlapping regions.
 
     Raises:
-        srlib.run.checkpoints.CheckpointError: naming `file`, when its weights are not those of its configuration.
+        CheckpointError: naming `file`, when its weights are not those of its configuration.
     """
     model = build_model(trained.config, trained.entry)
     try:
@@ -176,17 +203,26 @@ def launch(config: RunConfig) -> Fabric:
 
 
 def _train(
-    fabric: Fabric, config: RunConfig, folder: Path, progress: bool | None, interval: float
+    fabric: Fabric,
+    config: RunConfig,
+    dataset: data.Dataset,
+    folder: Path,
+    progress: bool | None,
+    interval: float,
 ) -> None:
+    checkpoint, history = folder / "checkpoint.pt", []
     if fabric.is_global_zero:
         remove_temporaries(folder)
-    dataset = data.open(config.dataset)
     origin, files = about_to_train(config, dataset), dataset.file_states()
-    _require_same_data(folder, origin, files)
-    network = build_model(config)
+    _require_unchanged(origin, files, folder)
+    network = build_model(config, dataset.entry)
     adamw = torch.optim.AdamW(network.parameters(), weight_decay=config.weight_decay, fused=True)
     model, optimizer = fabric.setup(network, adamw)
-    history = _load_checkpoint(fabric, config, folder / "checkpoint.pt", network, adamw)
+    found = fabric.is_global_zero and checkpoint.is_file()
+    if state := fabric.broadcast(load_state(checkpoint, config) if found else None):
+        network.load_state_dict(state["model"])
+        adamw.load_state_dict(state["optimizer"])
+        history = [tuple(row) for row in state["history"].tolist()]
     if fabric.device.type == "cuda":
         capturable(adamw)
     loss_function = labels.loss_function(dataset.entry)
@@ -197,19 +233,30 @@ def _train(
     loader = fabric.setup_dataloaders(batches, use_distributed_sampler=False)
     bar = tqdm(
         loader,
-        desc=f"training {run_id(config)}",
+        desc=f"training {folder.name}",
         initial=first_step,
         total=config.steps,
         disable=not fabric.is_global_zero or (None if progress is None else not progress),
     )
     model.train()
 
-    def forward_and_back(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    def forward_and_back(image: Tensor, label: Tensor) -> Tensor:
         optimizer.zero_grad()
         loss = loss_function(model(image), label)
         fabric.backward(loss)
         optimizer.step()
         return loss.detach()
+
+    def require_finite(step: int, finite: bool) -> None:
+        if not finite:
+            raise FloatingPointError(
+                f"step {step}: loss or weights are no finite numbers any more, and nothing more is saved;"
+                f" try a lower learning rate than {config.learning_rate:g}"
+            )
+
+    def check_before_saving(step: int) -> None:
+        require_finite(step, all(bool(w.isfinite().all()) for w in network.parameters()))
+        _require_unchanged(origin, files, folder)
 
     several = "several processes exchange gradients" if processes() > 1 else ""
     take_step = CapturedStep(forward_and_back, several)
@@ -220,44 +267,20 @@ def _train(
         loss = take_step(batch["image"], batch["label"])
         mean: Any = fabric.all_reduce(loss, reduce_op="mean")  # of the processes
         of_batch = float(mean)
-        _check_finite(config, step, math.isfinite(of_batch))
+        require_finite(step, math.isfinite(of_batch))
         now = time.perf_counter()
         history.append((step, of_batch, learning_rate(config, step), now - start))
         bar.set_postfix(loss=f"{of_batch:.3f}", refresh=False)
         if fabric.is_global_zero and now - saved > interval:
-            _check_finite(config, step, _has_finite_weights(network))
-            _require_same_data(folder, origin, files)
-            _save_checkpoint(config, folder / "checkpoint.pt", network, adamw, history)
+            check_before_saving(step)
+            reached = {"model": network.state_dict(), "optimizer": adamw.state_dict()}
+            rows = torch.tensor(history, dtype=torch.float64)
+            save_state(checkpoint, config, reached | {"history": rows})
             saved = now
     if fabric.is_global_zero:
-        _check_finite(config, config.steps - 1, _has_finite_weights(network))
-        _require_same_data(folder, origin, files)
+        check_before_saving(config.steps - 1)
         _save_result(origin._replace(weights=network.state_dict()), folder, history)
     fabric.barrier()  # what comes next reads it
-
-
-def _require_same_data(folder: Path, origin: Trained, files: dict[Path, str]) -> None:
-    """`DataError` when the data is not any more what the run, which its folder is named for, began with."""
-    changes, now = data_changes(origin), data.open(origin.config.dataset).file_states()
-    if changes or run_dir(origin.config) != folder:
-        changed = sorted(path for path, _ in files.items() ^ now.items())
-        names = ", ".join(dict.fromkeys(map(str, changed[:5]))) or origin.config.dataset
-        raise data.DataError(
-            f"{names}: changed while run {folder.name} trained on it ({'; '.join(changes)});"
-            " nothing more is saved; put the files back to go on, or train anew"
-        )
-
-
-def _check_finite(config: RunConfig, step: int, finite: bool) -> None:
-    if not finite:
-        raise FloatingPointError(
-            f"step {step}: loss or weights are no finite numbers any more, and nothing more is saved;"
-            f" try a lower learning rate than {config.learning_rate:g}"
-        )
-
-
-def _has_finite_weights(network: nn.Module) -> bool:
-    return all(bool(weight.isfinite().all()) for weight in network.parameters())
 
 
 def _batches(config: RunConfig, dataset: data.Dataset, first_step: int, rank: int) -> DataLoader:
@@ -284,38 +307,6 @@ def _loading_processes() -> int:
     return 0 if device().type == "cpu" or is_daemon else min(4, os.cpu_count() or 1)
 
 
-def _save_checkpoint(
-    config: RunConfig,
-    path: Path,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    history: list[tuple],
-) -> None:
-    state = {
-        "model": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": torch.tensor(history, dtype=torch.float64),
-    }
-    save_state(path, config, state)
-
-
-def _load_checkpoint(
-    fabric: Fabric,
-    config: RunConfig,
-    path: Path,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> list:
-    """Restore the state of an interrupted run; returns its history, empty for a new run."""
-    found = fabric.is_global_zero and path.is_file()
-    state = fabric.broadcast(load_state(path, config) if found else None)
-    if state is None:
-        return []
-    network.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return [tuple(row) for row in state["history"].tolist()]
-
-
 def _save_result(trained: Trained, folder: Path, history: list[tuple]) -> None:
     """Write weights, history and, last, the record that marks the run as done; drop the checkpoint."""
     table = pd.DataFrame(history, columns=list(HISTORY)).astype({"step": int})
@@ -323,7 +314,7 @@ def _save_result(trained: Trained, folder: Path, history: list[tuple]) -> None:
     save_trained(folder / "model.safetensors", trained)
     record = {
         "run": folder.name,
-        "config": dataclasses.asdict(trained.config),
+        "config": asdict(trained.config),
         "data_fingerprint": trained.fingerprint,
         "device": device().type,
         "machine": platform.processor() or platform.machine(),
@@ -335,3 +326,143 @@ def _save_result(trained: Trained, folder: Path, history: list[tuple]) -> None:
     with atomic_path(folder / "run.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+# --- The data set, then and now ------------------------------------------------------------------
+
+
+def about_to_train(config: RunConfig, dataset: data.Dataset) -> Trained:
+    """State what will be known of a network that is trained here and now, without its weights."""
+    facts = dataset.fingerprint, dataset.split(config.fold), _versions()
+    return Trained(config, dataset.entry, {}, *facts)
+
+
+def data_changes(trained: Trained) -> list[str]:
+    """Say how the data set, as it is now, differs from the one of a training."""
+    dataset = data.open(trained.config.dataset)
+    entry, split = dataset.entry, dataset.split(trained.config.fold)
+    found = [
+        f"{field} {getattr(trained.entry, field)} then, {getattr(entry, field)} now"
+        for field in ("modalities", "classes", "label_values", "spacing", "normalisation")
+        if getattr(trained.entry, field) != getattr(entry, field)
+    ]
+    for kind, then, now in zip(("training", "held-out"), trained.split, split, strict=True):
+        for what, ids in (("new", set(now) - set(then)), ("missing", set(then) - set(now))):
+            if ids:
+                listed = ", ".join(sorted(ids)[:5]) + (", ..." if len(ids) > 5 else "")
+                found.append(f"{len(ids)} {what} {kind} cases ({listed})")
+    if (fingerprint := dataset.fingerprint) != trained.fingerprint:
+        found.append(f"fingerprint {trained.fingerprint} then, {fingerprint} now")
+    return found
+
+
+def require_same_data(trained: Trained, file: Path) -> None:
+    """`DataError` when the data set is not as it was when the network in `file` was trained."""
+    if changes := data_changes(trained):
+        raise data.DataError(
+            f"{file}: {trained.config.dataset} is not what it was trained on: {'; '.join(changes)}"
+        )
+
+
+def _require_unchanged(origin: Trained, files: dict[Path, str], folder: Path) -> None:
+    """`DataError`, naming files, when the data is not any more what the run, which names its folder, began with."""
+    changes = data_changes(origin)
+    if changes or run_dir(origin.config) != folder:
+        now = data.open(origin.config.dataset).file_states()
+        changed = sorted(path for path, _ in files.items() ^ now.items())
+        names = ", ".join(dict.fromkeys(map(str, changed[:5]))) or origin.config.dataset
+        raise data.DataError(
+            f"{names}: changed while run {folder.name} trained on it ({'; '.join(changes)});"
+            " nothing more is saved; put the files back to go on, or train anew"
+        )
+
+
+# --- Files of a training --------------------------------------------------------------------------
+
+
+def save_state(path: Path, config: RunConfig, state: Mapping[str, Any]) -> None:
+    """Write the state of an unfinished run; tensors and plain values only."""
+    with atomic_path(path) as temporary:
+        try:
+            torch.save({"config": config.to_json(), **state}, temporary)
+        except RuntimeError as error:  # which does not name a full disk as Python does
+            raise OSError(f"{path}: could not be written; is the disk full? ({error})") from error
+
+
+def load_state(path: Path, config: RunConfig) -> dict[str, Any]:
+    """Read what `save_state` wrote for the same configuration.
+
+    Raises:
+        CheckpointError: a file that is cut short or no checkpoint, or one of another configuration.
+    """
+    try:
+        if not is_zipfile(path):
+            raise ValueError("neither torch's format nor whole")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        then = json.loads(state.pop("config"))
+    except Exception as error:  # torch, zip and pickle know many kinds of broken file
+        raise CheckpointError(
+            f"{path}: not a whole checkpoint of srlib ({type(error).__name__});"
+            " move it away to train this run from its start"
+        ) from error
+    now = json.loads(config.to_json())
+    if then != now:
+        names = sorted(key for key in then.keys() | now if then.get(key) != now.get(key))
+        raise CheckpointError(
+            f"{path}: the checkpoint of another configuration, it differs in"
+            f" {', '.join(names)}; move it away to train from the start"
+        )
+    return state
+
+
+def save_trained(path: Path, trained: Trained) -> None:
+    """Write a trained network and all that a prediction needs to know of it."""
+    # cloned, since DynUNet has one tensor under two names, which safetensors refuses
+    weights = {name: tensor.cpu().clone() for name, tensor in trained.weights.items()}
+    about = {"config": asdict(trained.config), "dataset": asdict(trained.entry)}
+    facts = {"fingerprint": trained.fingerprint, "split": trained.split._asdict()}
+    save_tensors(path, weights, about | facts | {"versions": trained.versions})
+
+
+def load_trained(path: Path) -> Trained:
+    """Read a trained network: the file, or the folder of its run; versions that differ from those here are logged.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: a file that is cut short, changed, of another kind, or without what prediction needs;
+            weights that are no finite numbers, or of another type than trainings leave.
+    """
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no trained network here: {path}")
+    try:
+        weights, metadata = load_tensors(path)
+    except BrokenFile as error:
+        raise CheckpointError(str(error)) from error
+    try:
+        about = tuples(metadata)
+        facts = about["fingerprint"], data.Split(**about["split"]), about["versions"]
+        about["dataset"].pop("patch_size", None)  # of networks from before it was planned apart
+        config, entry = RunConfig(**about["config"]), data.Entry(**about["dataset"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: its metadata hold no run of this version of srlib ({error})"
+        ) from error
+    types = (*WEIGHTS, torch.float64) if config.precision == "64-true" else WEIGHTS
+    for name, tensor in weights.items():
+        if tensor.dtype not in types:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected one of {types}")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity; expected finite weights")
+    trained, here = Trained(config, entry, weights, *facts), _versions()
+    for name, then in trained.versions.items():
+        # the build, as +cpu, is the device's
+        if then.partition("+")[0] != here[name].partition("+")[0]:
+            logger.warning("%s: trained with %s %s, here is %s", path, name, then, here[name])
+    return trained
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what trained weights depend on, as they are recorded with a run."""
+    known = machine.versions()
+    return {"srlib": __version__} | {name: known[name] for name in ("torch", "monai", "numpy")}

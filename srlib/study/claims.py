@@ -1,9 +1,9 @@
 """The paper's claims, each held against committed tables by a rule; `07_claims` and the front page show the table.
 
 Published numbers come from `published.json`, measured ones from `results/reference/`. Words about them are written by
-hand, in `07_claims` and the README, and `tests/test_claims.py` holds every verdict there to the one computed here. The
-rules about Dice were written before their numbers were there; since then only the part of the seeds in an interval
-became wider (Welch's t instead of 1.96).
+hand, in `07_claims` and the README; a test holds every verdict there to the one computed here. The rules about Dice
+were written before their numbers were there; since then only the part of the seeds in an interval became wider
+(Welch's t instead of 1.96).
 
 | verdict | memory, MACs, time: SegResMamba's, a multiple of each rival's | Dice: SegResMamba minus each rival |
 |---|---|---|
@@ -26,9 +26,9 @@ import numpy as np
 import pandas as pd
 
 from srlib import files, tables
-from srlib.net.costs import PUBLISHED, published
 from srlib.net.peers import PEERS, SMALL
 from srlib.study import grid, statistics
+from srlib.study.published import PUBLISHED, published
 
 HOLDS, PART, FAILS, UNTESTED = "holds", "holds in part", "does not hold", "not tested here"
 TITLES = {name: peer.title for name, peer in PEERS.items()}

@@ -40,8 +40,8 @@ from concurrent.futures import (
     wait,
 )
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import chain, product
 from math import nan
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -73,14 +73,8 @@ CUE_STEPS = 800
 CURVE_MINUTES = (1.5, 3.0, 6.0)  # Dice against minutes; MINUTES are its last point
 
 
-@dataclass(frozen=True)
-class System:
-    """A network of the comparisons.
-
-    Attributes:
-        title: as tables and figures call it.
-        settings: the fields of `RunConfig` that make it.
-    """
+class System(NamedTuple):
+    """A network of the comparisons: its title in tables and figures, and the fields of `RunConfig` that make it."""
 
     title: str
     settings: dict[str, Any]
@@ -113,65 +107,48 @@ class Planned(NamedTuple):
     minutes: float
 
 
-def _rates() -> Iterator[Planned]:
-    """The learning-rate search, as many steps for each system."""
-    for system in (*TOM, *SMALL):
-        for rate in RATES:
-            config = config_of(system, fold=RATE_FOLD, steps=RATE_STEPS, learning_rate=rate)
-            yield Planned(config, nan)
-
-
-def _tom() -> Iterator[Planned]:
-    """ToM, nothing or a convolution: three seeds on fold 0, then the other folds."""
-    for seed in SEEDS:
-        yield from (at_equal_steps(system, seed=seed) for system in TOM)
-    for fold in FOLDS[1:]:
-        yield from (at_equal_steps(system, fold=fold) for system in TOM)
-
-
-def _peers() -> Iterator[Planned]:
-    for seed in SEEDS:
-        yield from (at_equal_steps(system, seed=seed) for system in ("segresmamba", *SMALL))
-
-
-def _peers_in_time() -> Iterator[Planned]:
-    for seed in SEEDS:
-        yield from (in_minutes(system, MINUTES, seed=seed) for system in (*TOM, *SMALL))
-
-
-def _curve() -> Iterator[Planned]:
-    for minutes in CURVE_MINUTES:
-        yield from (in_minutes(system, minutes) for system in (*TOM, *SMALL))
-
-
-def _ablations() -> Iterator[Planned]:
-    for seed in SEEDS:
-        yield from (at_equal_steps(system, seed=seed) for system in ABLATIONS)
+def _search() -> Iterator[Planned]:
+    """The search for learning rates: as many steps for each system."""
+    for system, rate in product((*TOM, *SMALL), RATES):
+        settings: dict[str, Any] = {"fold": RATE_FOLD, "steps": RATE_STEPS, "learning_rate": rate}
+        yield Planned(config_of(system, **settings), nan)
 
 
 def _cue() -> Iterator[Planned]:
     """The diagnostic task: whole volumes as they are, one learning rate for all."""
-    for seed in SEEDS:
-        for dataset, recipe in cue.RECIPES.items():
-            for system in CUE_SYSTEMS:
-                settings = {"steps": CUE_STEPS, "learning_rate": CUE_RATE, "augment": False}
-                config = config_of(system, dataset, seed=seed, patch_size=recipe.shape, **settings)
-                yield Planned(config, nan)
+    for seed, (dataset, recipe), system in product(SEEDS, cue.RECIPES.items(), CUE_SYSTEMS):
+        settings = {"steps": CUE_STEPS, "learning_rate": CUE_RATE, "augment": False}
+        config = config_of(system, dataset, seed=seed, patch_size=recipe.shape, **settings)
+        yield Planned(config, nan)
 
 
-def _long() -> Iterator[Planned]:
-    yield in_minutes("segresmamba", LONG_MINUTES)
+def _at_equal_steps(
+    systems: Iterable[str], seeds: Sequence[int] = (0,), folds: Sequence[int] = (0,)
+) -> Iterator[Planned]:
+    """As many steps as SegResMamba takes in `MINUTES`, whatever the system."""
+    for fold, seed, system in product(folds, seeds, systems):
+        yield Planned(_tuned(system, steps_in("segresmamba", MINUTES), fold, seed), nan)
 
 
-GRIDS: dict[str, Callable[[], Iterator[Planned]]] = {
-    "rates": _rates,
-    "tom": _tom,
-    "peers": _peers,
-    "peers-time": _peers_in_time,
-    "ablations": _ablations,
+def _at_equal_time(
+    systems: Iterable[str], budgets: Sequence[float], seeds: Sequence[int] = (0,)
+) -> Iterator[Planned]:
+    """As many steps on fold 0 as each system takes in these minutes."""
+    for seed, minutes, system in product(seeds, budgets, systems):
+        yield Planned(_tuned(system, steps_in(system, minutes), 0, seed), minutes)
+
+
+# The runs of each grid, what matters most first.
+GRIDS: dict[str, Callable[[], Iterable[Planned]]] = {
+    "rates": _search,
+    # three seeds on fold 0, then the other folds
+    "tom": lambda: chain(_at_equal_steps(TOM, SEEDS), _at_equal_steps(TOM, folds=FOLDS[1:])),
+    "peers": lambda: _at_equal_steps(("segresmamba", *SMALL), SEEDS),
+    "peers-time": lambda: _at_equal_time((*TOM, *SMALL), [MINUTES], SEEDS),
+    "ablations": lambda: _at_equal_steps(ABLATIONS, SEEDS),
     "cue": _cue,
-    "long": _long,
-    "curve": _curve,
+    "long": lambda: _at_equal_time(["segresmamba"], [LONG_MINUTES]),
+    "curve": lambda: _at_equal_time((*TOM, *SMALL), CURVE_MINUTES),
 }
 
 
@@ -192,25 +169,15 @@ def configs(name: str) -> tuple[RunConfig, ...]:
     return tuple(run.config for run in planned(name))
 
 
-def at_equal_steps(system: str, fold: int = 0, seed: int = 0) -> Planned:
-    """A run of as many steps as SegResMamba takes in `MINUTES`, whatever the system."""
-    return Planned(_tuned(system, fold, seed, steps_in("segresmamba", MINUTES)), nan)
-
-
-def in_minutes(system: str, minutes: float, seed: int = 0) -> Planned:
-    """A run on fold 0 of as many steps as the system takes in these minutes."""
-    return Planned(_tuned(system, 0, seed, steps_in(system, minutes)), minutes)
-
-
-def _tuned(system: str, fold: int, seed: int, steps: int) -> RunConfig:
-    """With the learning rate that the search chose; ablations take SegResMamba's."""
-    rate = learning_rates()["segresmamba" if system in ABLATIONS else system]
-    return config_of(system, fold=fold, seed=seed, steps=steps, learning_rate=rate)
-
-
 def config_of(system: str, dataset: str = DATASET, **settings: Any) -> RunConfig:
     """The default profile's run of a system, which it names."""
     return config_for("default", dataset, system=system, **SYSTEMS[system].settings, **settings)
+
+
+def _tuned(system: str, steps: int, fold: int, seed: int) -> RunConfig:
+    """With the learning rate that the search chose; ablations take SegResMamba's."""
+    rate = learning_rates()["segresmamba" if system in ABLATIONS else system]
+    return config_of(system, fold=fold, seed=seed, steps=steps, learning_rate=rate)
 
 
 def steps_in(system: str, minutes: float) -> int:
@@ -229,23 +196,27 @@ def learning_rates() -> dict[str, float]:
     Raises:
         FileNotFoundError: the search is not complete.
     """
-    plan = list(_rates())
+    plan = tuple(_search())
     if missing := [run for run in plan if not is_done(run.config)]:
         raise FileNotFoundError(
             f"{len(missing)} of {len(plan)} runs of the learning-rate search are missing:"
             " python -m srlib grid rates"
         )
-    return _best_rates(tuple(plan), paths.REFERENCE)
+    return _best_rates(plan, paths.REFERENCE)
 
 
 @cache
-def _best_rates(plan: tuple[Planned, ...], folder: Path) -> dict[str, float]:
+def _best_rates(plan: tuple[Planned, ...], _folder: Path) -> dict[str, float]:
     """Of a search that is complete in that folder, and so does not change."""
-    found = _cases(list(plan)).groupby(["system", "learning_rate"])["dice"].mean().unstack()
+    found = _cases(plan).groupby(["system", "learning_rate"])["dice"].mean().unstack()
     return {str(system): float(rate) for system, rate in found.idxmax(axis=1).items()}
 
 
 # --- What is kept of a run -----------------------------------------------------------------------
+
+RECORDS = "the records of finished runs"
+KEY = ["run", "system", "title", "dataset", "fold", "seed", "steps", "minutes", "learning_rate"]
+COLUMNS = ("case", "class", "dice", "nsd", "hd95", "sensitivity", "volume_ref_ml", "volume_pred_ml")
 
 
 def run_name(config: RunConfig) -> str:
@@ -270,16 +241,12 @@ def kept(dataset: str) -> Kept:
     return _read(*files, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
 
 
-RECORDS = "the records of finished runs"
-
-
 @lru_cache(maxsize=32)
 def _read(records: Path, scores: Path, _state: tuple) -> Kept:
-    """What two files hold in this state; the records first, since they are written last."""
+    """The content of two files in this state; the records first, since they are written last."""
     lines = paths.read_json_lines(records, RECORDS, run=str)
-    cases = tables.read_scores(scores)
-    by_run = {str(name): rows for name, rows in cases.groupby("run", sort=False)}
-    return Kept({line["run"]: line for line in lines}, by_run)
+    by_run = tables.read_scores(scores).groupby("run", sort=False)
+    return Kept({line["run"]: line for line in lines}, {str(name): rows for name, rows in by_run})
 
 
 def keep(config: RunConfig, table: str, record: Mapping[str, Any]) -> None:
@@ -318,7 +285,7 @@ def _write(file: Path, lines: Sequence[str]) -> None:
 
 
 def is_done(config: RunConfig) -> bool:
-    """Whether the repository holds the run."""
+    """Tell whether the repository holds the run."""
     return run_name(config) in kept(config.dataset).records
 
 
@@ -329,14 +296,12 @@ def runs(name: str) -> pd.DataFrame:
     `learning_rate`, `device`, `seconds` (of the training there), `commit`.
     """
     rows = []
-    for config, minutes in planned(name):
-        if not is_done(config):
-            continue
-        record = kept(config.dataset).records[run_name(config)]
-        made_with = {key: record[key] for key in ("device_name", "training_seconds", "commit")}
-        rows.append(_key(config, minutes) | made_with)
-    table = pd.DataFrame(rows, columns=[*KEY, "device_name", "training_seconds", "commit"])
-    return table.rename(columns={"device_name": "device", "training_seconds": "seconds"})
+    for run in planned(name):
+        if is_done(run.config):
+            record = kept(run.config.dataset).records[run_name(run.config)]
+            made_with = {"device": record["device_name"], "seconds": record["training_seconds"]}
+            rows.append(_key(run) | made_with | {"commit": record["commit"]})
+    return pd.DataFrame(rows, columns=[*KEY, "device", "seconds", "commit"])
 
 
 def cases(name: str) -> pd.DataFrame:
@@ -344,28 +309,20 @@ def cases(name: str) -> pd.DataFrame:
     return _cases(planned(name))
 
 
-def _cases(plan: list[Planned]) -> pd.DataFrame:
-    tables = [
-        kept(config.dataset).tables[run_name(config)].assign(**_key(config, minutes))
-        for config, minutes in plan
-        if is_done(config)
+def _cases(plan: Iterable[Planned]) -> pd.DataFrame:
+    found = [
+        kept(run.config.dataset).tables[run_name(run.config)].assign(**_key(run))
+        for run in plan
+        if is_done(run.config)
     ]
-    named = pd.concat([pd.DataFrame(columns=[*KEY, *COLUMNS]), *tables], ignore_index=True)
+    named = pd.concat([pd.DataFrame(columns=[*KEY, *COLUMNS]), *found], ignore_index=True)
     return named.infer_objects()  # numbers are numbers, although the first table has no types
 
 
-KEY = (
-    *("run", "system", "title", "dataset", "fold", "seed"),
-    *("steps", "minutes", "learning_rate"),
-)
-COLUMNS = ("case", "class", "dice", "nsd", "hd95", "sensitivity", "volume_ref_ml", "volume_pred_ml")
-
-
-def _key(config: RunConfig, minutes: float) -> dict[str, Any]:
-    values = (run_name(config), config.system, SYSTEMS[config.system].title)
-    values += (config.dataset, config.fold)  # type: ignore[assignment]
-    values += (config.seed, config.steps, minutes, config.learning_rate)  # type: ignore[assignment]
-    return dict(zip(KEY, values, strict=True))
+def _key(run: Planned) -> dict[str, Any]:
+    config = run.config
+    names = {"run": run_name(config), "title": SYSTEMS[config.system].title, "minutes": run.minutes}
+    return {key: names[key] if key in names else getattr(config, key) for key in KEY}
 
 
 # --- Computing ------------------------------------------------------------------------------------
@@ -392,10 +349,10 @@ def compute(names: Sequence[str], executor: Executor) -> None:
     missing = [config for config in wanted if not is_done(config)]
     futures = {executor.submit(compute_run, config): config for config in missing}
     failed: dict[str, BaseException] = {}
-    bar = tqdm(desc=f"grid {' '.join(names)}", total=len(futures))
     try:
-        for future in _as_they_end(futures):
-            bar.update()
+        for future in tqdm(
+            _as_they_end(futures), desc=f"grid {' '.join(names)}", total=len(futures)
+        ):
             config = futures[future]
             if error := future.exception():
                 failed[f"{config.dataset} {run_name(config)}"] = error
@@ -405,8 +362,6 @@ def compute(names: Sequence[str], executor: Executor) -> None:
         for future in futures:
             future.cancel()
         raise
-    finally:
-        bar.close()
     if failed:
         first = next(iter(failed.values()))
         said = f"{type(first).__name__}: {first}"
@@ -414,7 +369,7 @@ def compute(names: Sequence[str], executor: Executor) -> None:
 
 
 def _as_they_end(futures: Iterable[Future]) -> Iterator[Future]:
-    """Yield futures as they end.
+    """Yield futures as they end; `concurrent.futures.as_completed` limits the whole, not the wait for the next.
 
     Raises:
         TimeoutError: none did for `paths.LONGEST_WAIT` seconds: a queue without workers, or one that hangs.
@@ -467,17 +422,17 @@ def committed(*names: str) -> pd.DataFrame:
 
 def made_with(cases: pd.DataFrame) -> str:
     """Cases, folds, seeds, steps and devices of a table of `committed`, for the stamp of a figure."""
+
+    def span(column: str) -> str:
+        low, high = cases[column].min(), cases[column].max()
+        return f"{low:g}" if low == high else f"{low:g}-{high:g}"
+
     steps = f"{cases['steps'].iloc[0]:,} steps"
     if cases["steps"].nunique() > 1:
-        steps = f"the steps of {_span(cases['minutes'])} minutes"
+        steps = f"the steps of {span('minutes')} minutes"
     where = f"{'/'.join(cases['dataset'].unique())}, {cases['case'].nunique()} cases"
-    seeds = f"fold {_span(cases['fold'])}, seed {_span(cases['seed'])}"
+    seeds = f"fold {span('fold')}, seed {span('seed')}"
     return " | ".join((where, seeds, steps, "/".join(cases["device"].unique())))
-
-
-def _span(values: pd.Series) -> str:
-    low, high = values.min(), values.max()
-    return f"{low:g}" if low == high else f"{low:g}-{high:g}"
 
 
 def cost(system: str) -> dict[str, float]:
@@ -510,15 +465,15 @@ def executor(
         OSError: there is no scheduler at that address.
     """
     if name == "process":
-        return process_pool(workers)
+        return _processes(workers)
     if name == "dask":
-        return dask(workers, scheduler)
+        return _dask(workers, scheduler)
     if name == "slurm":
         return jobs(workers, job or {})
     raise ValueError(f"executor {name!r} is not one of process, dask, slurm")
 
 
-def process_pool(workers: int) -> Executor:
+def _processes(workers: int) -> Executor:
     """Processes of this machine; where there are CUDA devices, each worker takes the next one in turn."""
     spawn = multiprocessing.get_context("spawn")
     numbers = spawn.SimpleQueue()
@@ -528,15 +483,14 @@ def process_pool(workers: int) -> Executor:
 
 
 def _take_device(numbers: SimpleQueue) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C ends it; its run resumes from its checkpoint
+    # Ctrl-C ends it; its run resumes from its checkpoint.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if torch.cuda.is_available() and "SRLIB_DEVICE" not in os.environ:
         os.environ["SRLIB_DEVICE"] = f"cuda:{numbers.get() % torch.cuda.device_count()}"
 
 
 @contextmanager
-def dask(workers: int, scheduler: str | None = None) -> Iterator[Executor]:
+def _dask(workers: int, scheduler: str | None) -> Iterator[Executor]:
     """Workers of Dask distributed; those that are started here have as many threads as this process."""
     try:
         from distributed import Client
@@ -551,22 +505,6 @@ def dask(workers: int, scheduler: str | None = None) -> Iterator[Executor]:
     finally:  # Dask sets OMP_NUM_THREADS=1 and others here too, to hand them down, and leaves them
         os.environ.clear()
         os.environ.update(before)
-
-
-class _Jobs(ThreadPoolExecutor):
-    """A cluster's jobs: each thread submits one and waits for its result."""
-
-    def __init__(self, workers: int, cluster: Any) -> None:
-        super().__init__(workers)
-        self.cluster = cluster
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        """Submit a job once a thread is free; one that runs out of time is queued again, and its run resumes."""
-        from submitit.helpers import FunctionSequence
-
-        call = FunctionSequence()
-        call.add(function, *args, **kwargs)
-        return super().submit(lambda: self.cluster.submit(call).result()[0])
 
 
 def jobs(workers: int, parameters: Mapping[str, str], cluster: str = "slurm") -> Executor:
@@ -587,3 +525,19 @@ def jobs(workers: int, parameters: Mapping[str, str], cluster: str = "slurm") ->
     except (AssertionError, NameError, TypeError) as error:  # submitit's words for a wrong name
         raise ValueError(f"a parameter of the job is wrong: {error}") from error
     return _Jobs(workers, made)
+
+
+class _Jobs(ThreadPoolExecutor):
+    """A cluster's jobs: each thread submits one and waits for its result."""
+
+    def __init__(self, workers: int, cluster: Any) -> None:
+        super().__init__(workers)
+        self.cluster = cluster
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        """Submit a job once a thread is free; one that runs out of time is queued again, and its run resumes."""
+        from submitit.helpers import FunctionSequence
+
+        call = FunctionSequence()
+        call.add(function, *args, **kwargs)
+        return super().submit(lambda: self.cluster.submit(call).result()[0])

@@ -15,11 +15,11 @@ implementations). Aggregation follows Metrics Reloaded (Maier-Hein et al. 2024),
 | `mean`, `difference` | mean over the cases; of a difference: system minus reference, within each case | pandas |
 | `low`, `high` | 95 % interval of that mean, cases drawn anew, BCa, seeded | `scipy.stats.bootstrap` |
 | `p` | Wilcoxon's signed-rank test of the differences, two-sided | `scipy.stats.wilcoxon` |
-| `p_holm` | the same, corrected over all rows that one call returns (Holm) | `statsmodels` `multipletests` |
+| `p_holm` | `p` corrected over all rows that one call returns (Holm) | `statsmodels` `multipletests` |
 | `detectable` | mean difference that such cases show with 80 % power at 5 % | `statsmodels` `TTestPower` |
 | `sd_cases` | standard deviation between cases (of a difference: between its cases) | pandas |
 | `sd_seeds` | standard deviation between seeds of a fold's mean, pooled over the folds; NaN for one seed | pandas |
-| `se_seeds` | what is left of it in the mean: the standard error that the choice of seeds gives | pandas |
+| `se_seeds` | standard error of the mean that the choice of seeds gives | pandas |
 | `df_seeds` | degrees of freedom of both: trainings less folds | pandas |
 | `low_all`, `high_all` | 95 % interval for other cases and seeds; of seeds Welch's, in quadrature | `scipy.stats.t` |
 
@@ -41,6 +41,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 from statsmodels.stats.power import TTestPower  # type: ignore[import-untyped]
 
+from srlib.data import cue
 from srlib.data.catalog import MEAN
 from srlib.run.evaluate import METRICS
 
@@ -56,8 +57,8 @@ def case_values(cases: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.Dat
     Returns:
         Columns `system`, `class`, `metric`, `case`, `value`; the class `MEAN` comes after the others.
     """
-    long = _long(cases, metrics)
-    return long.groupby([*UNIT, "case"], sort=False)["value"].mean().reset_index()
+    units = _long(cases, metrics).groupby([*UNIT, "case"], sort=False)
+    return units["value"].mean().reset_index()
 
 
 def run_means(cases: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.DataFrame:
@@ -66,8 +67,8 @@ def run_means(cases: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.DataF
     Returns:
         Columns `system`, `class`, `metric`, `fold`, `seed`, `value`.
     """
-    long = _long(cases, metrics)
-    return long.groupby([*UNIT, "fold", "seed"], sort=False)["value"].mean().reset_index()
+    units = _long(cases, metrics).groupby([*UNIT, "fold", "seed"], sort=False)
+    return units["value"].mean().reset_index()
 
 
 def summary(cases: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.DataFrame:
@@ -81,7 +82,7 @@ def summary(cases: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.DataFra
     for unit, long in _long(cases, metrics).groupby(UNIT, sort=False):
         values = long.groupby("case")["value"].mean()
         low, high = interval(values)
-        counts = {"n": len(values), "runs": len(long.groupby(["fold", "seed"]))}
+        counts = {"n": len(values), "runs": long.groupby(["fold", "seed"]).ngroups}
         means = {"mean": values.mean(), "low": low, "high": high, "sd_cases": values.std()}
         rows.append(dict(zip(UNIT, unit, strict=True)) | counts | means | _seeds(long))
     return pd.DataFrame(rows)
@@ -136,14 +137,11 @@ def compare(
         if unknown := sorted(set(classes) - set(paired["class"])):
             raise ValueError(f"the table of cases has no class {', '.join(unknown)}")
         paired = paired[paired["class"].isin(classes)]
-    long = _long(cases, metrics)
+    units = _long(cases, metrics).groupby(UNIT, sort=False)
     rows = []
     for (system, name, metric), cells in paired.groupby(UNIT, sort=False):
-        shared = long[long["case"].isin(cells["case"])]
-        shared = shared[(shared["class"] == name) & (shared["metric"] == metric)]
-        se_seeds, reach = _welch(
-            *(_seeds(shared[shared["system"] == s]) for s in (system, reference))
-        )
+        both = [units.get_group((key, name, metric)) for key in (system, reference)]
+        se_seeds, reach = _welch(*(_seeds(of[of["case"].isin(cells["case"])]) for of in both))
         values = cells["difference"]
         mean, (low, high) = values.mean(), interval(values)
         all_seeds = {
@@ -198,6 +196,26 @@ def volume_ranks(cases: pd.DataFrame) -> dict[str, tuple[float, float]]:
     }
 
 
+def cue_accuracy(cases: pd.DataFrame) -> pd.DataFrame:
+    """How often a network is right about the class, for each run of the diagnostic task (`srlib.data.cue`).
+
+    Returns:
+        Columns `system`, `title`, `distance`, `seed`, `accuracy`, `found`. Of the voxels that are called A or B in all
+        held-out volumes, `accuracy` is the share called right: 1/2 when targets are found but not told apart. `found`
+        is their number over that of the targets' voxels.
+    """
+    distances = {name: recipe.distance for name, recipe in cue.RECIPES.items()}
+    table = cases.assign(
+        right=cases["sensitivity"] * cases["volume_ref_ml"],
+        distance=cases["dataset"].map(distances),
+    )
+    runs = table.groupby(["system", "title", "distance", "seed"], sort=False)
+    sums = runs[["right", "volume_ref_ml", "volume_pred_ml"]].sum()
+    accuracy = sums["right"] / sums["volume_pred_ml"]
+    found = sums["volume_pred_ml"] / sums["volume_ref_ml"]
+    return pd.DataFrame({"accuracy": accuracy, "found": found}).reset_index()
+
+
 def interval(values: ArrayLike) -> tuple[float, float]:
     """95 % bootstrap interval of the mean; of equal values that value, of a single one NaN."""
     sample = np.sort(np.asarray(values, dtype=float))  # the same whatever the order of the cases
@@ -223,22 +241,18 @@ def detectable(differences: ArrayLike) -> float:
     return float(sample.std(ddof=1) * _effect(len(sample))) if len(sample) > 1 else math.nan
 
 
-@cache
+@cache  # many rows have as many cases, and each takes a search
 def _effect(n: int) -> float:
     """The difference in standard deviations that a paired t test of n cases shows with that power."""
     return float(TTestPower().solve_power(nobs=n, alpha=1 - LEVEL, power=POWER))
 
 
 def _long(cases: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """A row for each system, fold, seed, case, class (`MEAN` too) and metric, checked."""
-    _check(cases, metrics)
-    per_case = cases.groupby(KEYS[:-1], sort=False)[list(metrics)].mean().reset_index()
-    both = pd.concat([cases[[*KEYS, *metrics]], per_case.assign(**{"class": MEAN})])
-    return both.melt(KEYS, list(metrics), "metric")
+    """A row for each system, fold, seed, case, class (`MEAN` too) and metric.
 
-
-def _check(cases: pd.DataFrame, metrics: Sequence[str]) -> None:
-    """Raise ValueError for a table whose means would mislead."""
+    Raises:
+        ValueError: a table whose means would mislead.
+    """
     missing = {*KEYS, "steps", "minutes", *metrics} - set(cases.columns)
     if missing:
         raise ValueError(f"the table of cases lacks the columns {', '.join(sorted(missing))}")
@@ -252,6 +266,9 @@ def _check(cases: pd.DataFrame, metrics: Sequence[str]) -> None:
         raise ValueError("the table of cases has a run's case twice, perhaps of two grids")
     if (cases.groupby(["system", "case"])["fold"].nunique() > 1).any():
         raise ValueError("a case is held out in more than one fold")
+    per_case = cases.groupby(KEYS[:-1], sort=False)[list(metrics)].mean().reset_index()
+    both = pd.concat([cases[[*KEYS, *metrics]], per_case.assign(**{"class": MEAN})])
+    return both.melt(KEYS, list(metrics), "metric")
 
 
 def _seeds(long: pd.DataFrame) -> dict[str, float]:

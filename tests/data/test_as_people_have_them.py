@@ -215,7 +215,7 @@ def test_endings_in_capitals(tmp_path, name):
     affine = np.diag([1, 2, 3, 1.0])
     path = write(tmp_path / name.lower(), VOXELS, affine).rename(tmp_path / name)
     np.testing.assert_array_equal(scans.read(path).array, VOXELS)
-    mask = predict.target(tmp_path / "masks", "s", [path])
+    mask = predict.targets(tmp_path / "masks", {"s": [path]})["s"]
     mask.parent.mkdir()
     predict.write_mask(predict.Mask(LABELS, affine), path, mask)
     np.testing.assert_allclose(scans.read(mask).affine, affine)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from srlib import data
@@ -101,10 +100,3 @@ def test_the_first_volume_is_the_one_published():
     places = [83, 14, 14, 87, 87, 15, 5, 86, 81, 4, 80, 80, 13, 5, 91, 13]
     assert row.target.tolist() == places
     assert row.value.tolist() == [1, 2, 2, 2, 1, 2, 2, 2, 2, 1, 1, 2, 1, 1, 1, 1]
-
-
-def test_accuracy_is_the_share_of_the_called_voxels_that_is_called_right():
-    key = {"system": "segresmamba", "title": "SegResMamba", "dataset": "cue-032", "seed": 1}
-    found = {"sensitivity": [0.5, 0.25], "volume_ref_ml": 4.0, "volume_pred_ml": [4.0, 2.0]}
-    (row,) = cue.accuracy(pd.DataFrame({**key, **found})).to_dict("records")
-    assert (row["distance"], row["accuracy"], row["found"]) == (32, 3 / 6, 6 / 8)

@@ -32,7 +32,7 @@ from srlib.data.catalog import Entry, tuples
 from srlib.data.scans import Window
 from srlib.files import DataError
 from srlib.net import costs
-from srlib.run import checkpoints, evaluate, runs, train
+from srlib.run import evaluate, runs, train
 
 
 @pytest.fixture
@@ -247,9 +247,9 @@ def _untrained(folder: Path, config: runs.RunConfig) -> Path:
     """The file that a training of the folder as it is now would leave, but for the weights."""
     file = folder.parent / "model.safetensors"
     weights = train.build_model(config).state_dict()
-    checkpoints.save_trained(
+    train.save_trained(
         file,
-        checkpoints.about_to_train(config, data.open(config.dataset))._replace(weights=weights),
+        train.about_to_train(config, data.open(config.dataset))._replace(weights=weights),
     )
     return file
 
@@ -282,7 +282,7 @@ def test_held_out_means_held_out(places, change, messages):
     config = runs.config_for("default", str(folder), **settings)
     file = _untrained(folder, config)
     table = evaluate.evaluate(config, checkpoint=file)
-    assert set(table["case"]) == set(checkpoints.load_trained(file).split.test)
+    assert set(table["case"]) == set(train.load_trained(file).split.test)
     before = (places / "metrics.csv").read_bytes()
     change(folder)
     with pytest.raises(DataError, match="is not what it was trained on") as refused:

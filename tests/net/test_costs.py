@@ -24,7 +24,6 @@ from srlib.net.costs import (
     measure,
     measure_apart,
     process_memory,
-    published,
 )
 
 SMALL = Workload("unet", size=32, out_channels=4)  # four: the CPU pads channels to a multiple
@@ -196,14 +195,6 @@ def test_an_error_without_words_is_told(monkeypatch):
 def test_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="fp32 or bf16, got 'fp8'"):
         Workload("unet", precision="fp8")
-
-
-def test_published_tables_have_the_printed_values():
-    assert published("table7_size_btcv").loc["SegResMamba"].to_dict() == {
-        "params_m": 119.98,
-        "flops_g": 188.42,
-    }
-    assert published("table8_training_memory_gb").loc["UNETR", "spleen_96"] == 0.14
 
 
 def test_each_lever_keeps_less():

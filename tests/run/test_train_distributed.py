@@ -23,14 +23,14 @@ WORKER = """
 import os, signal, sys
 from pathlib import Path
 from srlib.run import train
-from srlib.runs import RunConfig
+from srlib.run.runs import RunConfig
 
 rank = os.environ["RANK"]
 batches, rate = train._batches, train.learning_rate
 
-def noted(config, first_step, rank):
+def noted(config, dataset, first_step, rank):
     Path(f"start-{sys.argv[1]}-{rank}").write_text(str(first_step))
-    return batches(config, first_step, rank)
+    return batches(config, dataset, first_step, rank)
 
 def deadly(config, step):
     if (sys.argv[1], rank, step) == ("killed", "1", 3):

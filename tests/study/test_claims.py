@@ -14,6 +14,7 @@ from srlib.book import pages
 from srlib.net.peers import SMALL
 from srlib.study import claims, grid
 from srlib.study.claims import FAILS, HOLDS, PART, UNTESTED
+from srlib.study.published import published
 
 MEMORY, MACS, TIME, PARAMETERS = (
     next(claim for claim in claims.CLAIMS if claim.startswith(number)) for number in "1348"
@@ -157,6 +158,14 @@ def test_the_abstract_is_as_good_as_its_parts(reference, monkeypatch):
         changed(reference / name, column, 1e-3)
     with_runs(monkeypatch, {"segresmamba": 0.0, **dict.fromkeys(SMALL, 0.0)})
     assert claims.finding(ABSTRACT).verdict == HOLDS
+
+
+def test_published_tables_have_the_printed_values():
+    assert published("table7_size_btcv").loc["SegResMamba"].to_dict() == {
+        "params_m": 119.98,
+        "flops_g": 188.42,
+    }
+    assert published("table8_training_memory_gb").loc["UNETR", "spleen_96"] == 0.14
 
 
 def test_evidence_is_real_data():

@@ -200,3 +200,10 @@ def test_the_interval_of_one_seed_is_over_cases():
     assert statistics.interval_in_points(row) == pytest.approx((-1.4, -0.6))
     of_one_seed = statistics.interval_in_points(row | {"se_seeds": float("nan")})
     assert of_one_seed == pytest.approx((-1.2, -0.8))
+
+
+def test_accuracy_is_the_share_of_the_called_voxels_that_is_called_right():
+    key = {"system": "segresmamba", "title": "SegResMamba", "dataset": "cue-032", "seed": 1}
+    found = {"sensitivity": [0.5, 0.25], "volume_ref_ml": 4.0, "volume_pred_ml": [4.0, 2.0]}
+    (row,) = statistics.cue_accuracy(pd.DataFrame({**key, **found})).to_dict("records")
+    assert (row["distance"], row["accuracy"], row["found"]) == (32, 3 / 6, 6 / 8)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -11,14 +12,15 @@ import SimpleITK as sitk
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.inferers import sliding_window_inference
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff
+from scan_files import write
 from scipy.spatial.transform import Rotation
-from test_images import write
 from torch import nn
 
 from srlib import data
 from srlib.data import labels, scans
-from srlib.run import predict
+from srlib.run import predict, train
 
 ORIENTATIONS = [
     "".join(codes)
@@ -70,7 +72,7 @@ def turned(array, affine, codes):
 def mask_of(tmp_path, name, array, affine, **options):
     """The mask's file that the command would write for a scan, and the scan's."""
     scan = write(tmp_path / name, array, affine)
-    path = predict.target(tmp_path / "masks", "mask", [scan])
+    path = predict.targets(tmp_path / "masks", {"mask": [scan]})["mask"]
     predict.write_mask(predict.segment(segmenter(**options), [scan]), scan, path)
     return path, scan
 
@@ -260,8 +262,8 @@ def test_neither_scans_nor_their_labels_are_overwritten(tmp_path):
     (tmp_path / "labelsTr").mkdir()
     for out in ("imagesTr", "labelsTr"):
         with pytest.raises(data.DataError, match="holds the scans or their labels"):
-            predict.target(tmp_path / out, "scan", [scan])
-    assert predict.target(tmp_path, "scan", [scan]) == tmp_path / "scan.nii.gz"
+            predict.targets(tmp_path / out, {"scan": [scan]})
+    assert predict.targets(tmp_path, {"scan": [scan]}) == {"scan": tmp_path / "scan.nii.gz"}
 
 
 @pytest.mark.parametrize("kind", ["file", "link to a folder", "link to a file", "hard link"])
@@ -315,3 +317,78 @@ def test_what_is_there_is_replaced_only_when_asked_and_never_through_a_link(tmp_
         path.unlink()
     assert other.read_text() == "the user's"
     assert not (out / "no").exists()
+
+
+# --- Windows ---------------------------------------------------------------------------------------
+
+
+def scores_of(window):
+    """Scores (1, 3, ...) of a window (1, 1, ...) that depend on the place within it."""
+    ramp = torch.linspace(-1, 1, window[0, 0].numel()).view_as(window)
+    return torch.cat([window, window * ramp, ramp.sin()], dim=1)
+
+
+def whole(image, patch_size, overlap):
+    """What MONAI computes at once, with the same weights."""
+    weights = torch.ones(())
+    for k, n in enumerate(patch_size):
+        shape = [-1 if j == k else 1 for j in range(3)]
+        weights = weights * predict._gaussian(n).view(shape)
+    return sliding_window_inference(
+        image[None], patch_size, 1, scores_of, overlap, roi_weight_map=weights[None, None]
+    )[0]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("size", "overlap"), [((23, 11, 17), 0.5), ((30, 8, 9), 0.7), ((5, 20, 12), 0.25)]
+)
+def test_slabs_are_what_monai_computes_at_once(size, overlap, axis):
+    """Also where the image is smaller than the window, along the walked axis or another."""
+    image, patch_size = torch.randn(1, *size), (8, 8, 8)
+    slabs = list(predict.scores_by_slab(scores_of, image, patch_size, "cpu", axis, overlap))
+    expected = whole(image, patch_size, overlap)
+    torch.testing.assert_close(torch.cat(slabs, dim=1 + axis), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_count_is_the_number_of_windows():
+    seen = []
+
+    def counted(window):
+        seen.append(window)
+        return window
+
+    image = torch.randn(1, 23, 11, 6)
+    list(predict.scores_by_slab(counted, image, (8, 8, 8), "cpu", 0, 0.6))
+    assert len(seen) == predict.window_count((23, 11, 6), (8, 8, 8), 0.6)
+
+
+def test_mirrored_averages_over_all_mirrorings():
+    window = torch.randn(1, 1, 4, 5, 6)
+    kernel = torch.randn(2, 1, 3, 3, 3)
+
+    def predictor(x):
+        return torch.conv3d(x, kernel, padding=1)
+
+    dims = [(), (2,), (4,), (2, 4)]
+    expected = sum(predictor(window.flip(d)).flip(d) for d in dims) / 4
+    torch.testing.assert_close(predict.mirrored(predictor, (0, 2))(window), expected)
+    assert torch.equal(predict.mirrored(predictor, ())(window), predictor(window))
+
+
+# --- The small networks of the repository ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mni152", "hippocampus"])
+def test_a_network_s_file_and_its_card_agree_with_the_data(name):
+    try:
+        data.open(name)
+    except FileNotFoundError:
+        pytest.skip(f"no {name} here")
+    file = predict.provided(name)
+    found, card = train.load_trained(file), file.with_suffix(".md").read_text()
+    assert train.data_changes(found) == []
+    assert f"data fingerprint {found.fingerprint}" in card
+    assert re.search(rf"Trained on\*\* {len(found.split.train)} cases of fold 0", card)
+    assert re.search(rf"Held-out\*\* {len(found.split.test)} cases", card)
+    assert f"torch {found.versions['torch']}" in card

@@ -419,9 +419,9 @@ def test_a_killed_worker_of_dask_costs_nothing_but_time(
         """In the worker: note where the first run starts, die once before its step 5."""
         batches, rate = train._batches, train.learning_rate
 
-        def noted(config, first_step, rank):
+        def noted(config, dataset, first_step, rank):
             Path(tmp_path, f"{run_id(config)}-{os.getpid()}").write_text(str(first_step))
-            return batches(config, first_step, rank)
+            return batches(config, dataset, first_step, rank)
 
         def deadly(config, step):
             killed = Path(tmp_path, "killed")

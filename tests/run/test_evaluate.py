@@ -11,8 +11,8 @@ import torch
 from srlib import data
 from srlib.data.catalog import MEAN
 from srlib.run import evaluate, runs, train
-from srlib.run.checkpoints import load_trained, save_trained
 from srlib.run.runs import RunConfig
+from srlib.run.train import load_trained, save_trained
 
 SPACING = (1.0, 2.0, 3.0)
 CLASSES = ("a", "b")
