@@ -64,7 +64,8 @@ def network(dataset: str, steps: int = 1500) -> None:
 
 def card(config: RunConfig, parameters: int, scores: pd.DataFrame) -> str:
     """The model card, from what was done and found."""
-    entry, facts = data.get(config.dataset), machine.describe()
+    dataset, facts = data.open(config.dataset), machine.describe()
+    entry = dataset.entry
     means = [
         f"Dice {name} {table['dice'].mean():.3f} ({table['dice'].std():.3f}), "
         f"HD95 {table['hd95'].mean():.1f} mm ({table['hd95'].std():.1f})"
@@ -79,9 +80,9 @@ def card(config: RunConfig, parameters: int, scores: pd.DataFrame) -> str:
         modalities=", ".join(entry.modalities),
         spacing="x".join(f"{mm:g}" for mm in entry.spacing),
         classes=", ".join(entry.classes),
-        training=len(data.open(config.dataset).split(config.fold).train),
+        training=len(dataset.split(config.fold).train),
         held_out=scores["case"].nunique(),
-        fingerprint=data.open(config.dataset).fingerprint,
+        fingerprint=dataset.fingerprint,
         seed=config.seed,
         steps=config.steps,
         batch=config.batch_size,
@@ -145,9 +146,9 @@ def field(
 
 def rows_of(config: RunConfig, weights: str, network: nn.Module, cases: int) -> pd.DataFrame:
     """The field of one network within each radius."""
-    held_out = evaluate.test_cases(config)[:cases]
-    images = receptive.centred_images(config.dataset, held_out, config.patch_size)
-    spacing = data.get(config.dataset).spacing
+    dataset, held_out = data.open(config.dataset), evaluate.test_cases(config)[:cases]
+    images = receptive.centred_images(dataset, held_out, config.patch_size)
+    spacing = dataset.entry.spacing
     network = network.to(machine.device()).eval()
     found = receptive.effective_field(network, [image.to(machine.device()) for image in images])
     key = {name: getattr(config, name) for name in FIELD_KEY[:4]}

@@ -161,7 +161,7 @@ def milliseconds(config: RunConfig) -> float:
 
 
 def torchrun(processes: int) -> dict[str, list]:
-    """What `worker` finds with so many processes."""
+    """The findings of `worker` with so many processes."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         subprocess.run([sys.executable, *launcher, __file__, "worker", folder], check=True)
@@ -216,7 +216,7 @@ class Work(NamedTuple):
 
     Attributes:
         command: what is started.
-        kept: a results folder -> what is there already.
+        kept: a results folder -> how much it holds already.
         result: a results folder -> everything that must come out the same.
     """
 

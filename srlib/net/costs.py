@@ -1,4 +1,4 @@
-"""Costs of one training step: parameters, arithmetic, memory, time and energy, counted or measured.
+"""Costs of one training step: parameters, arithmetic, memory and time, counted or measured.
 
 A *MAC* is one multiplication with its addition: two FLOP. torch's flop counter counts those of convolutions,
 matrix products and attention, and by its own formula the selective scan; norms, activations and interpolation are
@@ -33,7 +33,7 @@ from itertools import accumulate, chain
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pandas as pd
@@ -163,8 +163,7 @@ class _Tracker(MemTracker):
         return found
 
 
-@dataclass(frozen=True)
-class Count:
+class Count(NamedTuple):
     """Findings of `count`.
 
     Attributes:
@@ -304,10 +303,9 @@ def measure(
         "input": _gib([image, label]),
         "activations": ahead["end"],
     }
-    allocated = sum(parts.values()) + max(ahead["peak"] - ahead["end"], back["peak"])
+    rest = max(ahead["peak"] - ahead["end"], back["peak"])
     times = {"step_s": seconds, "inference_s": inference}
-    peak = {"rest": allocated - sum(parts.values()), "allocated": allocated}
-    return times | parts | peak | process
+    return times | parts | {"rest": rest, "allocated": sum(parts.values()) + rest} | process
 
 
 def _gib(tensors: Iterable[Tensor]) -> float:
@@ -424,9 +422,7 @@ def _child(
     if limit is not None:
         import resource
 
-        held = getattr(
-            psutil.Process().memory_info(), "data", 0
-        )  # Linux's, which alone has a limit
+        held = getattr(psutil.Process().memory_info(), "data", 0)  # Linux's, which has a limit
         resource.setrlimit(resource.RLIMIT_DATA, (held + int(limit * GIB),) * 2)
     try:
         sender.send(measure(work, device, steps, sender.send))

@@ -232,7 +232,7 @@ def probability_bins(
 def surface_distances(
     prediction: Tensor, reference: Tensor, spacing: Sequence[float]
 ) -> np.ndarray:
-    """How far each voxel of a predicted surface lies from the reference's, MONAI's as in HD95.
+    """Distance of each voxel of a predicted surface from the reference's, MONAI's as in HD95.
 
     Args:
         prediction: one structure (D, H, W), bool.

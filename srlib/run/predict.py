@@ -65,7 +65,7 @@ def load(checkpoint: Path) -> Segmenter:
 
 
 def provided(dataset: str) -> Path:
-    """Where the repository's small trained network for a data set would be; `tiny.md` beside it is its model card."""
+    """Path of the repository's small trained network for a data set, which need not exist; `tiny.md` is its card."""
     return REFERENCE / dataset / "tiny.safetensors"
 
 
@@ -120,7 +120,7 @@ def _files(inputs: Sequence[Path]) -> Iterator[Path]:
 def targets(
     out: Path, cases: Mapping[str, Sequence[Path]], overwrite: bool = False
 ) -> dict[str, Path]:
-    """Where the mask of each case goes: NRRD and MetaImage keep their format, all others give NIfTI.
+    """Path of the mask of each case: NRRD and MetaImage keep their format, all others give NIfTI.
 
     Args:
         out: folder.
@@ -214,7 +214,7 @@ class OwnGrid(NamedTuple):
 
     @classmethod
     def of(cls, shape: Sequence[int], to_working: NDArray[np.float64]) -> OwnGrid:
-        """From the map (4, 4) of the file's voxel indices to working ones, one axis to one axis."""
+        """The grid from the map (4, 4) of the file's voxel indices to working ones, one axis to one axis."""
         axes = np.abs(to_working[:3, :3]).argmax(axis=0)  # working axis of each of the file's
         steps, origin = to_working[axes, range(3)], to_working[axes, 3]
         along = {
@@ -297,7 +297,7 @@ def window_starts(size: int, window: int, overlap: float = OVERLAP) -> list[int]
 
 
 def window_count(size: Sequence[int], patch_size: Sequence[int], overlap: float = OVERLAP) -> int:
-    """How many windows an image of that size is looked at through."""
+    """Number of windows on an image of that size."""
     return prod(
         len(window_starts(n, window, overlap)) for n, window in zip(size, patch_size, strict=True)
     )

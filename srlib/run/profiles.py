@@ -1,4 +1,4 @@
-"""The three sizes in which the collection runs. This is the one place that defines them.
+"""The three sizes in which the collection runs; imported by the command line, whose help comes before torch.
 
 What a training is not told (`srlib.run.runs.RunConfig`, `python -m srlib train`) is that of `default`.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Profile:
-    """How much is computed.
+    """Amount of computing.
 
     Attributes:
         name: `smoke` (tests the machinery, its numbers mean nothing), `default` (a laptop) or `full` (a GPU).

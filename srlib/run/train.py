@@ -302,7 +302,7 @@ def _batches(config: RunConfig, dataset: data.Dataset, first_step: int, rank: in
 
 
 def _loading_processes() -> int:
-    """How many processes prepare samples beside a GPU; on the CPU the training itself needs the cores."""
+    """Number of processes that prepare samples beside a GPU; on the CPU the training itself needs the cores."""
     is_daemon = multiprocessing.current_process().daemon  # as Dask's workers; they may start none
     return 0 if device().type == "cpu" or is_daemon else min(4, os.cpu_count() or 1)
 

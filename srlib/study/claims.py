@@ -37,7 +37,7 @@ COMPARABLE = -1.0  # Dice points
 
 
 class Finding(NamedTuple):
-    """What the committed tables say of a claim: the verdict, the numbers and how far they reach."""
+    """Answer of the committed tables to a claim: the verdict, the numbers and how far they reach."""
 
     verdict: str
     measured: str = "-"
@@ -65,9 +65,9 @@ def _reach(rows: pd.DataFrame, form: str) -> str:
 
 # --- Memory, arithmetic and time: multiples of each rival's ---------------------------------------
 
-# Saved -> measured in which file and column, printed in which table and column (None: one a setting), bar.
-RESOURCES: dict[str, tuple[str, str, str, str | None, float]] = {
-    "memory": ("gpu/memory.csv", "allocated", "table8_training_memory_gb", None, 0.5),
+# Saved -> measured in which file and column, printed in which table and column, bar.
+RESOURCES: dict[str, tuple[str, str, str, str, float]] = {
+    "memory": ("gpu/memory.csv", "allocated", "table8_training_memory_gb", FIRST, 0.5),
     "MACs": ("memory/counted.csv", "gmacs", "table1_btcv", "macs_g", 1),
     "time": ("gpu/memory.csv", "step_s", "table6_time_co2", "epoch_s", 1),
 }
@@ -82,16 +82,12 @@ def ratios(resource: str) -> pd.DataFrame:
     """
     file, column, table, printed_column, _ = RESOURCES[resource]
     found = _as_is(file).pivot(index="peer", columns="setting", values=column).rename(TITLES)
-    printed = published(table)[printed_column or FIRST]
+    printed = published(table)[printed_column]
     rivals = printed.index.intersection(found.index).drop(OURS)
     times = found.loc[OURS] / found.loc[rivals]
+    reach = {"low": times.min(axis=1), "high": times.max(axis=1)}
     return pd.DataFrame(
-        {
-            "published": printed[OURS] / printed[rivals],
-            "here": times[FIRST],
-            "low": times.min(axis=1),
-            "high": times.max(axis=1),
-        }
+        {"published": printed[OURS] / printed[rivals], "here": times[FIRST], **reach}
     )
 
 
@@ -148,20 +144,17 @@ _TOM, _CMMB, _CONVOLUTION = (  # points that each row of an ablation adds to the
     for table in ("table5_tom_btcv", "table4_ablation_btcv")
     for step in 100 * published(table)["dice"].diff().dropna()
 )
+_PARTS = {"segmamba_block": _CMMB, "no_extra_conv": _CONVOLUTION}
 _PEERS = {name: _GAPS.get(peer.title) for name, peer in SMALL.items()}
 LEADS = {
     "peers": Lead(("peers",), pd.Series(_PEERS, dtype=float).dropna(), COMPARABLE, COMPARABLE),
     "ToM": Lead(("tom",), pd.Series({"none": _TOM, "conv": np.nan}), _TOM),
-    "parts": Lead(
-        ("tom", "ablations"),
-        pd.Series({"segmamba_block": _CMMB, "no_extra_conv": _CONVOLUTION}),
-        None,
-    ),
+    "parts": Lead(("tom", "ablations"), pd.Series(_PARTS), None),
 }
 
 
 def gains(name: str) -> pd.DataFrame:
-    """By how many points (hundredths) SegResMamba's mean Dice is ahead of each rival's, within each case.
+    """Lead of SegResMamba's mean Dice over each rival's, within each case, in points (hundredths).
 
     Intervals are `low_all` and `high_all` of `srlib.study.statistics`: over other cases and other seeds.
 
@@ -178,15 +171,10 @@ def gains(name: str) -> pd.DataFrame:
     cases = cases.drop_duplicates(statistics.KEYS)
     if not {"segresmamba"} < set(cases["system"]):
         raise FileNotFoundError(f"no committed runs: grid {' and '.join(lead.grids)}")
-    found = statistics.compare(cases, "segresmamba", ("dice",), (statistics.MEAN,)).set_index(
-        "system"
-    )
-    points = {
-        "here": -found["difference"],
-        "low": -found["high_all"],
-        "high": -found["low_all"],
-        "detectable": found["detectable"],
-    }
+    found = statistics.compare(cases, "segresmamba", ("dice",), (statistics.MEAN,))
+    found = found.set_index("system")
+    points = {"here": -found["difference"], "low": -found["high_all"], "high": -found["low_all"]}
+    points["detectable"] = found["detectable"]
     table = pd.DataFrame({"published": lead.published} | {k: 100 * v for k, v in points.items()})
     trainings = cases.groupby("system")["run"].nunique()
     titles = {name: system.title for name, system in grid.SYSTEMS.items()}
@@ -209,7 +197,7 @@ def _ahead(name: str) -> Finding:
 
 
 def _abstract() -> Finding:
-    """As much as claims 1 to 4, which are in it."""
+    """The abstract's sentence, which holds as much as claims 1 to 4, which are in it."""
     found = pd.Series([finding(claim).verdict for claim in [*CLAIMS][:4]])
     summed = verdict(found == HOLDS, found == FAILS)
     return Finding(PART if summed != HOLDS and found.isin([HOLDS, PART]).any() else summed)
@@ -221,38 +209,28 @@ def _multiples(table: str, column: str) -> str:
     return _times(values[OURS] / values.drop(OURS))
 
 
+def _resource(name: str) -> tuple[str, Callable[[], Finding]]:
+    return _multiples(*RESOURCES[name][2:4]), lambda: _saved(name)
+
+
+ABSTRACT = (
+    "Less than half the memory, comparable performance, significantly reduced demands (abstract)"
+)
+_SIZE = published("table7_size_btcv")["params_m"][OURS]
+_CO2 = _multiples("table6_time_co2", "co2_kg_azure")
+_ADDED = f"{_CMMB:+.2f} and {_CONVOLUTION:+.2f} points"
 # Claim and where it is made -> as printed, and found in the committed tables.
 CLAIMS: dict[str, tuple[str, Callable[[], Finding]]] = {
-    "1. Less than half the training memory (table 8)": (
-        _multiples("table8_training_memory_gb", FIRST),
-        lambda: _saved("memory"),
-    ),
+    "1. Less than half the training memory (table 8)": _resource("memory"),
     "2. Comparable Dice (tables 1 to 3)": (_points(_GAPS), lambda: _ahead("peers")),
-    "3. Fewer MACs (tables 1 to 3)": (
-        _multiples("table1_btcv", "macs_g"),
-        lambda: _saved("MACs"),
-    ),
-    "4. Shorter training (table 6)": (
-        _multiples("table6_time_co2", "epoch_s"),
-        lambda: _saved("time"),
-    ),
-    "5. Lower CO2 (figure 3, table 6)": (
-        _multiples("table6_time_co2", "co2_kg_azure"),
-        lambda: Finding(UNTESTED),  # energy was measured neither there nor here
-    ),
+    "3. Fewer MACs (tables 1 to 3)": _resource("MACs"),
+    "4. Shorter training (table 6)": _resource("time"),
+    # energy was measured neither there nor here
+    "5. Lower CO2 (figure 3, table 6)": (_CO2, lambda: Finding(UNTESTED)),
     "6. ToM matters (table 5)": (f"{_TOM:+.2f} points", lambda: _ahead("ToM")),
-    "7. CMMB and the extra convolution matter (table 4)": (
-        f"{_CMMB:+.2f} and {_CONVOLUTION:+.2f} points",
-        lambda: _ahead("parts"),
-    ),
-    "8. 119.98 M parameters (table 7)": (
-        f"{published('table7_size_btcv')['params_m'][OURS]:.2f} M",
-        _parameters,
-    ),
-    "Less than half the memory, comparable performance, significantly reduced demands (abstract)": (
-        "claims 1 to 4 in one sentence",
-        _abstract,
-    ),
+    "7. CMMB and the extra convolution matter (table 4)": (_ADDED, lambda: _ahead("parts")),
+    "8. 119.98 M parameters (table 7)": (f"{_SIZE:.2f} M", _parameters),
+    ABSTRACT: ("claims 1 to 4 in one sentence", _abstract),
 }
 
 
@@ -267,7 +245,5 @@ def finding(claim: str) -> Finding:
 def table() -> pd.DataFrame:
     """A row for each claim: `claim`, `verdict`, `published`, `measured here`, `interval`."""
     rows = [(claim, *finding(claim), printed) for claim, (printed, _) in CLAIMS.items()]
-    found = pd.DataFrame(
-        rows, columns=["claim", "verdict", "measured here", "interval", "published"]
-    )
-    return found[["claim", "verdict", "published", "measured here", "interval"]]
+    columns = ["claim", "verdict", "measured here", "interval", "published"]
+    return pd.DataFrame(rows, columns=columns)[[*columns[:2], "published", *columns[2:4]]]

@@ -125,7 +125,7 @@ def _cue() -> Iterator[Planned]:
 def _at_equal_steps(
     systems: Iterable[str], seeds: Sequence[int] = (0,), folds: Sequence[int] = (0,)
 ) -> Iterator[Planned]:
-    """As many steps as SegResMamba takes in `MINUTES`, whatever the system."""
+    """Runs of as many steps as SegResMamba takes in `MINUTES`, whatever the system."""
     for fold, seed, system in product(folds, seeds, systems):
         yield Planned(_tuned(system, steps_in("segresmamba", MINUTES), fold, seed), nan)
 
@@ -133,7 +133,7 @@ def _at_equal_steps(
 def _at_equal_time(
     systems: Iterable[str], budgets: Sequence[float], seeds: Sequence[int] = (0,)
 ) -> Iterator[Planned]:
-    """As many steps on fold 0 as each system takes in these minutes."""
+    """Runs on fold 0 of as many steps as each system takes in these minutes."""
     for seed, minutes, system in product(seeds, budgets, systems):
         yield Planned(_tuned(system, steps_in(system, minutes), 0, seed), minutes)
 
@@ -175,13 +175,13 @@ def config_of(system: str, dataset: str = DATASET, **settings: Any) -> RunConfig
 
 
 def _tuned(system: str, steps: int, fold: int, seed: int) -> RunConfig:
-    """With the learning rate that the search chose; ablations take SegResMamba's."""
+    """A run with the learning rate that the search chose; ablations take SegResMamba's."""
     rate = learning_rates()["segresmamba" if system in ABLATIONS else system]
     return config_of(system, fold=fold, seed=seed, steps=steps, learning_rate=rate)
 
 
 def steps_in(system: str, minutes: float) -> int:
-    """How many steps of a system fit into these minutes on the CPU that `systems.csv` was measured on."""
+    """Number of steps of a system that fit into these minutes on the CPU that `systems.csv` was measured on."""
     return round(60 * minutes / systems()["step_seconds"][system])
 
 
@@ -207,7 +207,7 @@ def learning_rates() -> dict[str, float]:
 
 @cache
 def _best_rates(plan: tuple[Planned, ...], _folder: Path) -> dict[str, float]:
-    """Of a search that is complete in that folder, and so does not change."""
+    """The best rates of a search that is complete in that folder, and so does not change."""
     found = _cases(plan).groupby(["system", "learning_rate"])["dice"].mean().unstack()
     return {str(system): float(rate) for system, rate in found.idxmax(axis=1).items()}
 
@@ -226,7 +226,7 @@ def run_name(config: RunConfig) -> str:
 
 
 class Kept(NamedTuple):
-    """What the repository holds of a data set's runs, each by the run's name."""
+    """Runs of a data set that the repository holds, by their names."""
 
     records: dict[str, dict[str, Any]]
     tables: dict[str, pd.DataFrame]

@@ -74,9 +74,10 @@ def share_by_radius(field: NDArray[np.float64], spacing: Sequence[float]) -> pd.
     return pd.DataFrame({"radius_mm": np.arange(len(held)), "share": held})
 
 
-def centred_images(dataset: str, case_ids: Iterable[str], size: Sequence[int]) -> list[Tensor]:
+def centred_images(
+    dataset: data.Dataset, case_ids: Iterable[str], size: Sequence[int]
+) -> list[Tensor]:
     """Preprocessed images (C, *size), each padded with zeros or cropped about its middle."""
-    opened = data.open(dataset)
     fit = ResizeWithPadOrCrop(size)
-    fitted = [fit(opened.load(case_id)["image"]) for case_id in case_ids]
+    fitted = [fit(dataset.load(case_id)["image"]) for case_id in case_ids]
     return [image.as_tensor() for image in fitted]  # type: ignore[attr-defined]

@@ -197,7 +197,7 @@ def volume_ranks(cases: pd.DataFrame) -> dict[str, tuple[float, float]]:
 
 
 def cue_accuracy(cases: pd.DataFrame) -> pd.DataFrame:
-    """How often a network is right about the class, for each run of the diagnostic task (`srlib.data.cue`).
+    """Share of right answers about the class, for each run of the diagnostic task (`srlib.data.cue`).
 
     Returns:
         Columns `system`, `title`, `distance`, `seed`, `accuracy`, `found`. Of the voxels that are called A or B in all

@@ -103,13 +103,8 @@ def test_shapes_must_agree():
 
 
 def test_summary_averages_classes_within_cases_first():
-    table = pd.DataFrame(
-        {
-            "case": ["x", "x", "y", "y"],
-            "class": ["a", "b", "a", "b"],
-            "dice": [0.8, 0.6, 1.0, 0.9],
-        }
-    )
+    of = {"case": ["x", "x", "y", "y"], "class": ["a", "b", "a", "b"]}
+    table = pd.DataFrame(of | {"dice": [0.8, 0.6, 1.0, 0.9]})
     rows = evaluate.summarise(table, ["dice"]).set_index("class")
     assert rows.loc["a", "mean"] == pytest.approx(0.9)
     assert rows.loc[MEAN, "mean"] == pytest.approx(0.825)
@@ -120,16 +115,8 @@ def test_summary_averages_classes_within_cases_first():
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
     monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path))
-    config = RunConfig(
-        "mni152",
-        steps=2,
-        model="tiny",
-        tom="none",
-        batch_size=1,
-        patch_size=(64, 80, 64),
-        warmup=1,
-        test_cases=2,
-    )
+    short = {"steps": 2, "warmup": 1, "batch_size": 1, "test_cases": 2}
+    config = RunConfig("mni152", model="tiny", tom="none", patch_size=(64, 80, 64), **short)
     train.train(config)
     return config
 
@@ -145,8 +132,9 @@ def test_a_run_is_evaluated_once(trained, monkeypatch):
         patch.setattr(data.Dataset, "fingerprint", "other data")
         with pytest.raises(data.DataError, match="then, other data now"):
             evaluate.evaluate(trained, checkpoint=network)
-    more = _more(trained)
-    with pytest.raises(TypeError):
+    more = dataclasses.replace(trained, test_cases=3)
+    runs.run_dir(trained).rename(runs.run_dir(more))
+    with pytest.raises(TypeError):  # its third case has to be predicted
         evaluate.evaluate(more)
 
 
@@ -178,13 +166,6 @@ def test_scores_survive_a_kill(trained, monkeypatch):
     assert len(seen) == 3
     (runs.run_dir(trained) / "evaluation.json").unlink()
     pd.testing.assert_frame_equal(evaluate.evaluate(trained), table)
-
-
-def _more(config):
-    """The same trained run asked for one more case: has to be evaluated anew."""
-    more = dataclasses.replace(config, test_cases=3)
-    runs.run_dir(config).rename(runs.run_dir(more))
-    return more
 
 
 def test_stored_predictions_are_those_of_the_network(trained):

@@ -94,7 +94,7 @@ def test_an_unfinished_run_has_no_model(results):
 
 
 def test_kill_and_resume_gives_the_weights_of_the_undisturbed_run(results, monkeypatch):
-    long = dataclasses.replace(QUICK, steps=60)
+    long = dataclasses.replace(QUICK, steps=40)
     # Each step of the run that is killed takes a while, so that no machine is too fast to kill it.
     code = (
         "import time; from srlib.run import train; from srlib.run.runs import RunConfig; "

@@ -81,10 +81,9 @@ def test_nothing_to_measure_is_an_error():
         receptive.effective_field(blind, [image(4, 4, 4)])
 
 
-def test_images_lie_in_the_middle_of_one_size(monkeypatch):
-    case = {"image": torch.ones(1, 5, 12, 7)}
-    monkeypatch.setattr(receptive.data, "open", lambda _: SimpleNamespace(load=lambda _: case))
-    (fitted,) = receptive.centred_images("hippocampus", ["007"], (9, 8, 7))
+def test_images_lie_in_the_middle_of_one_size():
+    dataset = SimpleNamespace(load=lambda _: {"image": torch.ones(1, 5, 12, 7)})
+    (fitted,) = receptive.centred_images(dataset, ["007"], (9, 8, 7))
     assert fitted.shape == (1, 9, 8, 7)
     assert fitted.sum() == 5 * 8 * 7
     assert fitted[0, 2:7].min() == 1
