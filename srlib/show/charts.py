@@ -387,7 +387,7 @@ def cue_volumes(distances: Sequence[int], number: int = 0) -> Figure:
 
 
 def accuracy_by_distance(table: pd.DataFrame) -> Figure:
-    """Accuracy, as `srlib.data.cue.accuracy` returns it, against the cue's distance: means over seeds, and each seed.
+    """Accuracy (`srlib.study.statistics.cue_accuracy`) against the cue's distance: means over seeds, and each seed.
 
     A dotted line shows what `cue.nearest_mark` reaches.
     """
