@@ -19,29 +19,6 @@ from PIL import Image
 from srlib import data, tables
 from srlib.files import atomic_path
 
-# JupyterLab's look with the pictures' alt text, and without what nbconvert would load from the network: no notebook has
-# formulas in TeX, widgets or Mermaid diagrams. Its prompts, comments and links are too faint for some readers.
-PAGE = """
-{%- extends "lab/index.html.j2" -%}
-{% block html_head_js_requirejs %}{% endblock %}
-{% block html_head_js_mathjax %}{% endblock %}
-{% block html_head_js_mermaidjs %}{% endblock %}
-{% block html_head_css %}
-<style>
-body { --jp-cell-prompt-not-active-opacity: 1; --jp-cell-prompt-not-active-font-color: #595959; }
-.highlight .c1, .highlight .o, .highlight .ow, .highlight .nd { color: #2f5f5f; }
-.highlight .mi, .highlight .mf { color: #006400; }
-main .jp-Cell .jp-RenderedHTMLCommon a { text-decoration: underline; }
-</style>
-{% endblock %}
-{% block data_png scoped %}
-{% set shown = output.metadata.get("image/png", {}) %}
-<div class="jp-RenderedImage jp-OutputArea-output">
-<img src="data:image/png;base64,{{ output.data["image/png"] | escape_html }}"
-  alt="{{ shown.alt | escape_html }}" width="{{ shown.width | escape_html }}">
-</div>
-{% endblock %}
-"""
 TEMPLATES = Environment(loader=PackageLoader("srlib.book", "."), autoescape=True, trim_blocks=True)
 README_FIGURE = "00-real-case.png"
 CLAIMS = "tables/07-claims.csv"  # the verdicts, which the notebook about the claims writes
@@ -67,7 +44,7 @@ def write_page(executed: Path) -> None:
     from nbconvert import HTMLExporter
 
     resources = {"metadata": {"name": executed.stem}}
-    exporter = HTMLExporter(raw_template=PAGE)
+    exporter = HTMLExporter(template_file=str(Path(__file__).with_name("notebook.html.j2")))
     html, _ = exporter.from_notebook_node(read_notebook(executed), resources)
     # Page links to page; all of them are in one folder, the solutions' too.
     html = re.sub(r'href="(?:\.\./)?(\d\d_\w+)\.ipynb', r'href="\1.html', html)

@@ -239,14 +239,11 @@ def test_names_are_checked_before_anything_runs(notebooks, tmp_path, monkeypatch
     ("cell", "named"), [('PROFILE = "default"\nDATA_SET = "mni152"', "DATA_SET"), ("", "nothing")]
 )
 def test_parameters_that_cannot_be_filled_are_refused(notebooks, cell, named):
+    first = write_notebook(notebooks, "00_first", parameters="import os\nINTERACTIVE = os")
+    assert collection.parameters_for(plan(notebooks), first) == {"INTERACTIVE": False}
     write_notebook(notebooks, "00_first", parameters=cell)
     with pytest.raises(ValueError, match=f"00_first.ipynb.*declares {named}"):
         plan(notebooks)
-
-
-def test_only_declared_parameters_are_passed(notebooks):
-    notebook = write_notebook(notebooks, "00_first", parameters="import os\nINTERACTIVE = os")
-    assert collection.parameters_for(plan(notebooks), notebook) == {"INTERACTIVE": False}
 
 
 def test_store_outputs_copies_outputs_and_nothing_else(notebooks):
