@@ -101,7 +101,7 @@ def test_srlib_imports_only_what_is_declared():
 
 def test_training_needs_only_what_trains():
     """On a GPU's machine there may be no more than torch, MONAI, Fabric and what reads NIfTI."""
-    absent = ["numba", "llvmlite", "nilearn", "SimpleITK", "statsmodels", "matplotlib", "nbclient"]
+    absent = ["numba", "llvmlite", "nilearn", "SimpleITK", "statsmodels", "matplotlib", "papermill"]
     absent += ["nbconvert", "nbformat", "jupyterlab", "ipywidgets", "IPython", "distributed"]
     code = f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
     code += "from srlib import SegResMamba, scan; from srlib.study import grid; print(scan.backends()['cpu'].reason)"

@@ -13,7 +13,6 @@ are here, and of the versions and the device it runs with.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
 import json
@@ -27,14 +26,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from unittest.mock import patch
 
 import nbformat
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
-from tqdm import tqdm
 
 from srlib import data, machine
 from srlib import files as paths
@@ -46,6 +42,8 @@ OUTPUTS = ("figures", "tables")  # folders of what notebooks write
 PARAMETERS = ("PROFILE", "DATASET", "SEED", "INTERACTIVE")
 # Seconds that one cell may take before the run is given up as hanging.
 CELL_TIMEOUT = {"smoke": 20 * 60, "default": 3 * 3600, "full": int(paths.LONGEST_WAIT)}
+# Tags of the cells that papermill adds to a notebook.
+ADDED_CELLS = {"injected-parameters", "papermill-error-cell-tag"}
 # What the manifest says of each notebook, at least.
 ENTRY: dict[str, type] = {"stamp": str, "seconds": float, "outputs": list}
 ENTRY |= {"finished": str, "device": str, "commit": str}
@@ -146,14 +144,14 @@ def find_notebooks(folder: Path = paths.NOTEBOOKS, only: Sequence[str] = ()) -> 
 
 
 def parameters_for(plan: Collection, notebook: Path) -> dict[str, Any]:
-    """Values for what the notebook's cell tagged `parameters` declares.
+    """Values for what the notebook's cell tagged `parameters` declares; papermill only warns of other names.
 
     Raises:
         ValueError: no such cell, or a name in it that the collection does not know.
     """
-    cells = [cell.source for cell in read_notebook(notebook).cells if _holds_parameters(cell)]
-    assigned = [node for node in ast.parse("\n".join(cells)).body if isinstance(node, ast.Assign)]
-    declared = [ast.unparse(target) for node in assigned for target in node.targets]
+    import papermill
+
+    declared = papermill.inspect_notebook(_literal(notebook))
     unknown = sorted(set(declared) - set(PARAMETERS))
     if unknown or not declared:
         raise ValueError(
@@ -249,40 +247,43 @@ def execute(plan: Collection, notebook: Path) -> float:
     Raises:
         NotebookError: names the cell and the log; the notebook with the outputs so far is kept beside the log.
     """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
     log, failed = plan.executed(notebook, ".log"), plan.executed(notebook, ".failed.ipynb")
+    working = plan.executed(notebook, ".running.ipynb")
     log.parent.mkdir(parents=True, exist_ok=True)
     mark, before, start = stamp(plan, notebook), _written(plan.results), time.perf_counter()
-    content, index = read_notebook(notebook), 0
-    values = [f"{name} = {value!r}" for name, value in parameters_for(plan, notebook).items()]
-    for cell in filter(_holds_parameters, content.cells):
-        cell.source += "\n\n# As this run sets them:\n" + "\n".join(values)
     with kernel_environment(plan.profile), log.open("w", encoding="utf-8") as stream:
-        client = _Client(
-            content,
-            kernel_name="python3",
-            timeout=CELL_TIMEOUT[plan.profile],
-            resources={"metadata": {"path": str(notebook.parent)}},
-            extra_arguments=["--log-level=50"],  # what the kernel says of itself is no output
-            record_timing=False,
-            raise_on_iopub_timeout=True,
-        )
-        client.stream = stream
-        bar = {"desc": f"  {notebook.stem}", "leave": False, "disable": None}
         try:
-            with client.setup_kernel(), tqdm(content.cells, **bar) as cells:
-                for index, cell in enumerate(cells):
-                    client.execute_cell(cell, index)
+            papermill.execute_notebook(
+                _literal(notebook),
+                _literal(working),
+                parameters=parameters_for(plan, notebook),
+                kernel_name="python3",
+                language="python",
+                cwd=notebook.parent,
+                execution_timeout=CELL_TIMEOUT[plan.profile],
+                progress_bar={"desc": f"  {notebook.stem}", "leave": False, "disable": None},
+                stdout_file=stream,
+                stderr_file=stream,
+                extra_arguments=["--log-level=50"],  # what the kernel says of itself is no output
+            )
         except Exception as error:
             message = ANSI_CODE.sub("", str(error)).strip() or type(error).__name__
             stream.write(f"\n{message}\n")
-            _write(content, failed)
-            said = message.splitlines()[-1 if isinstance(error, CellExecutionError) else 0]
+            states = [cell.metadata.papermill.status for cell in _own_cells(working)]
+            begun = max((n for n, state in enumerate(states, 1) if state != "pending"), default=1)
+            working.replace(failed)
+            of_cell = isinstance(
+                error, PapermillExecutionError
+            )  # its traceback; else the kernel's end
             raise NotebookError(
-                f"{notebook.name}: cell {index + 1} failed: {said}\n"
+                f"{notebook.name}: cell {begun} failed: {message.splitlines()[-1 if of_cell else 0]}\n"
                 f"log: {_shown(log)}\nas far as it came: {_shown(failed)}"
             ) from error
     seconds = time.perf_counter() - start
-    _write(content, plan.executed(notebook))
+    paths.make_visible(working, plan.executed(notebook))
     failed.unlink(missing_ok=True)
     pages.write_page(plan.executed(notebook))
     outputs = sorted(dict(_written(plan.results).items() - before.items()))
@@ -290,16 +291,15 @@ def execute(plan: Collection, notebook: Path) -> float:
     return seconds
 
 
-class _Client(NotebookClient):
-    """A client that writes what cells print into a stream as well, at once."""
+def _literal(path: Path) -> str:
+    """Write a path so that papermill, for which braces hold a parameter's name, reads them as they are."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
-    stream: TextIO
 
-    def output(self, outs: list, message: dict, *where: Any) -> NotebookNode | None:
-        if message["msg_type"] == "stream":
-            self.stream.write(message["content"]["text"])
-            self.stream.flush()
-        return super().output(outs, message, *where)
+def _own_cells(executed: Path) -> list[NotebookNode]:
+    """Cells that an executed notebook has from its source, without those that papermill added."""
+    cells = read_notebook(executed).cells
+    return [cell for cell in cells if not ADDED_CELLS & set(cell.metadata.get("tags", []))]
 
 
 @contextmanager
@@ -338,10 +338,10 @@ def store_outputs(plan: Collection) -> None:
     if solved:
         run(dataclasses.replace(plan, notebooks=solved))
     for notebook in plan.notebooks + solved:
-        source, executed = read_notebook(notebook), read_notebook(plan.executed(notebook))
-        count = 0
-        for number, (cell, done) in enumerate(zip(source.cells, executed.cells, strict=True), 1):
-            cell.metadata.pop("execution", None)
+        source, executed, count = read_notebook(notebook), _own_cells(plan.executed(notebook)), 0
+        for number, (cell, done) in enumerate(zip(source.cells, executed, strict=True), 1):
+            for noise in ("execution", "papermill"):
+                cell.metadata.pop(noise, None)
             if cell.cell_type != "code":
                 continue
             if ABSOLUTE_PATH.search(json.dumps(done.outputs)):
@@ -357,10 +357,6 @@ def store_outputs(plan: Collection) -> None:
             language_info={"name": "python"},
         )
         _write(source, notebook)
-
-
-def _holds_parameters(cell: NotebookNode) -> bool:
-    return "parameters" in cell.metadata.get("tags", [])
 
 
 def _write(content: NotebookNode, notebook: Path) -> None:

@@ -163,7 +163,8 @@ def test_a_failing_notebook_stops_the_run_and_is_named(notebooks, results, capsy
     assert log.startswith("so far\n")
     assert "1 / 0" in log
     failed = results / "notebooks" / "01_second.failed.ipynb"
-    kinds = [[o.output_type for o in c.outputs] for c in nbformat.read(failed, 4).cells[1:]]
+    cells = collection._own_cells(failed)[1:]
+    kinds = [[output.output_type for output in cell.outputs] for cell in cells]
     assert kinds == [[], ["stream"], ["error"], []]
     current = [collection.is_current(plan(notebooks), path) for path in plan(notebooks).notebooks]
     assert current == [True, False, False]
