@@ -126,7 +126,7 @@ def field(
             continue
         found.append(rows_of(config, "untrained", train.build_model(config), cases))
         if runs.is_done(config):
-            found.append(rows_of(config, "trained", train.load_model(config), cases))
+            found.append(rows_of(config, "trained", train.train(config).model, cases))
     table = pd.concat(found)
     if file.is_file():
         before = tables.read(file).query("fold == @fold")

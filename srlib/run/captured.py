@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger("srlib.run.train")
-WARM_UP = (
-    3  # steps before the capture, in which kernels are compiled and libraries make their handles
-)
+WARM_UP = 3  # steps before the capture: kernels are compiled, libraries make their handles
 
 
 class CapturedStep:
@@ -63,9 +61,8 @@ class CapturedStep:
         if inputs[0].device.type != "cuda":
             return f"tensors are on {inputs[0].device}"
         if self.inputs and [t.shape for t in inputs] != [t.shape for t in self.inputs]:
-            return (
-                f"the first tensor's shape changed from {self.inputs[0].shape} to {inputs[0].shape}"
-            )
+            then, now = self.inputs[0].shape, inputs[0].shape
+            return f"the first tensor's shape changed from {then} to {now}"
         return ""
 
     def _beside(self, inputs: tuple[Tensor, ...]) -> Tensor:

@@ -18,7 +18,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from itertools import product
+from itertools import compress, product
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -360,16 +360,12 @@ def scores_by_slab(
 
 def mirrored(predictor: Predictor, axes: Sequence[int]) -> Predictor:
     """The mean of a predictor's scores over all mirrorings along spatial axes (0 to 2)."""
-    subsets = [
-        [2 + axis for axis, flip in zip(axes, choice, strict=True) if flip]
-        for choice in product((False, True), repeat=len(axes))
-    ]
+    choices = product((False, True), repeat=len(axes))
+    subsets = [[2 + axis for axis in compress(axes, choice)] for choice in choices]
 
     def mean_of_mirrorings(window: Tensor) -> Tensor:
-        total = predictor(window)
-        for dims in subsets[1:]:  # the first is empty
-            total = total + predictor(window.flip(dims)).flip(dims)
-        return total / len(subsets)
+        scores = (predictor(window.flip(dims)).flip(dims) for dims in subsets)
+        return sum(scores, start=torch.zeros((), device=window.device)) / len(subsets)
 
     return mean_of_mirrorings
 

@@ -53,12 +53,11 @@ from srlib.machine import device, is_first_process, processes
 from srlib.net.model import FEATURES, SegResMamba
 from srlib.net.peers import SMALL, build
 from srlib.run.captured import CapturedStep, capturable, set_learning_rate
-from srlib.run.runs import RunConfig, is_done, run_dir, run_id
+from srlib.run.runs import RunConfig, is_done, run_dir
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-HISTORY = ("step", "loss", "learning_rate", "seconds")
 # Types of weights: as trained, rounded as in the repository's small networks, and counters.
 WEIGHTS = (torch.float32, torch.float16, torch.int64)
 logger = logging.getLogger("srlib")
@@ -157,13 +156,6 @@ def train(
                 _train(fabric, config, dataset, folder, progress, checkpoint_seconds)
     model = restore(load_trained(folder), folder)
     return TrainResult(folder, model, tables.read(folder / "history.csv"))
-
-
-def load_model(config: RunConfig) -> nn.Module:
-    """The trained network of a finished run, as `restore` gives it."""
-    if not is_done(config):
-        raise FileNotFoundError(f"run {run_id(config)} is not trained here: {run_dir(config)}")
-    return restore(load_trained(run_dir(config)), run_dir(config))
 
 
 def restore(trained: Trained, file: Path) -> nn.Module:
@@ -309,7 +301,8 @@ def _loading_processes() -> int:
 
 def _save_result(trained: Trained, folder: Path, history: list[tuple]) -> None:
     """Write weights, history and, last, the record that marks the run as done; drop the checkpoint."""
-    table = pd.DataFrame(history, columns=list(HISTORY)).astype({"step": int})
+    columns = ["step", "loss", "learning_rate", "seconds"]
+    table = pd.DataFrame(history, columns=columns).astype({"step": int})
     tables.write(table, folder / "history.csv", digits=None)
     save_trained(folder / "model.safetensors", trained)
     record = {

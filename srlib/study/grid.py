@@ -9,18 +9,8 @@ a system takes as many as fit into given minutes on two cores of a CPU, by the s
 `results/reference/cpu/systems.csv` holds. Steps are the budget in both, so a run may be computed on any device.
 (`python -m srlib bench step systems` measures these seconds here; to store them would plan all such runs anew.)
 
-Runs are computed by a `concurrent.futures.Executor`, three of them by name:
-
-| name | where the runs are computed | needs |
-|---|---|---|
-| `process` | processes of this machine, which share its GPUs in turn | - |
-| `dask` | workers of Dask distributed, here or at a scheduler's address | the extra `dask` |
-| `slurm` | jobs of a SLURM cluster, through submitit | the extra `slurm` |
-
-With `dask`, a run whose worker dies is computed by another one; a job of `slurm` that runs out of time is queued again;
-either goes on from the last checkpoint where both see one results folder. When a process of `process` dies, as one
-that is killed for its memory, Python gives up the whole pool: finished runs are kept, and the same command started
-again computes the others.
+Runs are computed by any `concurrent.futures.Executor`: processes of this machine, workers of Dask, jobs of SLURM;
+docs/scale-out.md says how, and what becomes of a run whose worker dies.
 """
 
 from __future__ import annotations

@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -238,13 +237,10 @@ def signed_rank(differences: ArrayLike) -> float:
 def detectable(differences: ArrayLike) -> float:
     """The smallest mean difference that so many cases show with 80 % power at 5 %, two-sided; NaN for one case."""
     sample = np.asarray(differences, dtype=float)
-    return float(sample.std(ddof=1) * _effect(len(sample))) if len(sample) > 1 else math.nan
-
-
-@cache  # many rows have as many cases, and each takes a search
-def _effect(n: int) -> float:
-    """The difference in standard deviations that a paired t test of n cases shows with that power."""
-    return float(TTestPower().solve_power(nobs=n, alpha=1 - LEVEL, power=POWER))
+    if len(sample) < 2:
+        return math.nan
+    deviations = TTestPower().solve_power(nobs=len(sample), alpha=1 - LEVEL, power=POWER)
+    return float(sample.std(ddof=1) * deviations)
 
 
 def _long(cases: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:

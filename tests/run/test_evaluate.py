@@ -172,10 +172,11 @@ def test_stored_predictions_are_those_of_the_network(trained):
     evaluate.evaluate(trained)
     case = evaluate.test_cases(trained)[0]
     image = data.open("mni152").load(case)["image"]
-    predicted = evaluate.predict(train.load_model(trained), image, trained.patch_size)
+    model = train.train(trained).model
+    predicted = evaluate.predict(model, image, trained.patch_size)
     assert predicted.shape == image.shape[1:]
     assert torch.equal(evaluate.load_prediction(trained, case), predicted)
-    shares = evaluate.probabilities(train.load_model(trained), image, trained.patch_size)
+    shares = evaluate.probabilities(model, image, trained.patch_size)
     assert torch.allclose(shares.sum(0), torch.ones(predicted.shape))
     assert torch.equal(shares.argmax(0), predicted.long())
     with pytest.raises(FileNotFoundError, match="no prediction for case 'nobody'"):

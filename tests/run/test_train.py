@@ -88,11 +88,6 @@ def test_a_run_is_done_once_and_reads_back(results):
     assert not (first.run_dir / "checkpoint.pt").exists()
 
 
-def test_an_unfinished_run_has_no_model(results):
-    with pytest.raises(FileNotFoundError, match=f"run {runs.run_id(QUICK)} is not trained"):
-        train.load_model(QUICK)
-
-
 def test_kill_and_resume_gives_the_weights_of_the_undisturbed_run(results, monkeypatch):
     long = dataclasses.replace(QUICK, steps=40)
     # Each step of the run that is killed takes a while, so that no machine is too fast to kill it.

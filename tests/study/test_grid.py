@@ -160,7 +160,7 @@ def test_a_run_with_other_columns_is_not_kept_among_the_others():
 
 
 def test_committed_runs_agree_with_their_records(monkeypatch):
-    """Each name is that of the configuration beside it, and each run has as many cases as its fold."""
+    """Each name is that of the configuration beside it, and no case and class comes twice."""
     monkeypatch.undo()
     for file in files.REFERENCE.glob("*/runs.jsonl"):
         kept = grid.kept(file.parent.name)
