@@ -60,8 +60,9 @@ class Segmenter(NamedTuple):
 
 def load(checkpoint: Path) -> Segmenter:
     """The trained network of a file `model.safetensors`, or of the folder of its run, on this machine's device."""
-    trained = load_trained(checkpoint)
-    return Segmenter(restore(trained, checkpoint), trained.entry, trained.config.patch_size)
+    file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
+    trained = load_trained(file)
+    return Segmenter(restore(trained, file), trained.entry, trained.config.patch_size)
 
 
 def provided(dataset: str) -> Path:
@@ -84,9 +85,9 @@ def find_cases(inputs: Sequence[Path], channels: int) -> dict[str, tuple[Path, .
         srlib.files.DataError: nothing there, a channel too many or too few, two cases of one name.
     """
     found: dict[str, dict[int, Path]] = defaultdict(dict)
-    files = {path: _name_and_channel(path) for path in _files(inputs)}
-    known = set(files.values())
-    for path, (name, number) in files.items():
+    named = {path: _name_and_channel(path) for path in _files(inputs)}
+    known = set(named.values())
+    for path, (name, number) in named.items():
         str(path).encode()  # a name that is not UTF-8 ends it here, not after hours
         if channels == 1 and number > 0 and (name, 0) not in known:
             name, number = f"{name}_{number:04d}", WHOLE

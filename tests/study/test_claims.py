@@ -217,9 +217,3 @@ def test_the_numbers_written_in_the_readme_are_those_of_the_table(table):
         there = f"{table['published'][claim]}, {table['measured here'][claim]}"
         for found in re.findall(number, shown):
             assert found.removesuffix(" points") in there, f"{claim}: {found}"
-
-
-def test_verdicts_are_found_in_paragraphs_and_rows():
-    first, second = [*claims.CLAIMS][:2]
-    text = f"**{first}: holds in part.** Because.\n\n| {second} | does not hold | 1 |\n**{second}**"
-    assert written(text) == {first: PART, second: FAILS}
