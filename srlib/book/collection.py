@@ -275,9 +275,7 @@ def execute(plan: Collection, notebook: Path) -> float:
             states = [cell.metadata.papermill.status for cell in _own_cells(working)]
             begun = max((n for n, state in enumerate(states, 1) if state != "pending"), default=1)
             working.replace(failed)
-            of_cell = isinstance(
-                error, PapermillExecutionError
-            )  # its traceback; else the kernel's end
+            of_cell = isinstance(error, PapermillExecutionError)  # with its traceback
             raise NotebookError(
                 f"{notebook.name}: cell {begun} failed: {message.splitlines()[-1 if of_cell else 0]}\n"
                 f"log: {_shown(log)}\nas far as it came: {_shown(failed)}"
