@@ -183,7 +183,7 @@ def sweep(longest: int) -> bool:
 
 
 def largest(found: dict[str, float]) -> float:
-    """Of the errors of one problem."""
+    """The largest of the errors of one problem."""
     return max(found.values())
 
 

@@ -23,12 +23,12 @@ CHUNK_ELEMENTS_ELSEWHERE = 2**24
 
 
 def unavailable() -> str:
-    """Why this back end cannot run here: plain torch always can."""
+    """No reason why this back end cannot run here: plain torch always can."""
     return ""
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str:
-    """Why this back end cannot take such tensors: it takes any."""
+    """No reason why this back end cannot take such tensors: it takes any."""
     return ""
 
 
@@ -39,7 +39,7 @@ def _chunk_length(u: Tensor, A: Tensor) -> int:
 
 
 def states_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    """Shape of what the forward pass keeps: the states before each chunk (chunks, B, D, N)."""
+    """Shape of what the forward pass keeps, the states before each chunk (chunks, B, D, N)."""
     return -(-u.shape[2] // _chunk_length(u, A)), u.shape[0], *A.shape
 
 
@@ -65,7 +65,7 @@ def recurrence_(decay: Tensor, x: Tensor) -> Tensor:
 
 
 class _Chunk:
-    """What both passes need of one chunk, tokens first: (T, B, D) and (T, B, D, N)."""
+    """One chunk as both passes need it, tokens first: (T, B, D) and (T, B, D, N)."""
 
     def __init__(self, inputs: ScanInputs, options: Options, tokens: Tensor) -> None:
         dtype = compute_dtype(inputs.u.dtype)
@@ -91,7 +91,7 @@ class _Chunk:
         return recurrence_(decay, x)
 
     def scan_output(self, h: Tensor, D: Tensor | None) -> Tensor:
-        """What the gate multiplies (T, B, D)."""
+        """The output before the gate (T, B, D)."""
         y = torch.einsum("tbdn,tbn->tbd", h, self.C)
         return y if D is None else y + D.to(y.dtype) * self.u
 

@@ -38,7 +38,7 @@ MOST_TAPS = 4  # that the kernels' causal convolution has
 
 
 def unavailable() -> str:
-    """Why this back end cannot run here: numba cannot be used."""
+    """The reason why this back end cannot run here: numba cannot be used."""
     return unusable(_kernels, "numba cannot be used")
 
 
@@ -50,7 +50,7 @@ def _kernels() -> ModuleType:
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str:
-    """Why this back end cannot take such tensors."""
+    """The reason why this back end cannot take such tensors."""
     return "" if device.type == "cpu" else f"cpu needs tensors on the CPU, got {device.type}"
 
 
@@ -99,7 +99,7 @@ _tiles = _Tiles()
 
 
 class _Team:
-    """Who does what in a pass: each worker a sequence and a group of its channels."""
+    """Division of a pass among workers, each with a sequence and a group of its channels."""
 
     def __init__(self, batch: int, channels: int, layout: list[tuple[int, int]]) -> None:
         lanes = _kernels().LANES
@@ -125,8 +125,10 @@ def _padded(t: Tensor) -> Tensor:
 
 def _summed(parts: Tensor, like: Tensor) -> Tensor:
     """The gradient of a parameter `like` (D,) or (D, n) from each sequence's own, (B, P) or (B, rows, P)."""
-    total = parts.sum(0).t()[: len(like)]
-    return torch.empty_like(like).copy_(total[..., -like.shape[-1] :])
+    total = parts.sum(0)
+    if like.ndim == 1:
+        return total[: len(like)].to(like.dtype)
+    return torch.empty_like(like).copy_(total.t()[: len(like), -like.shape[1] :])
 
 
 class ScanPass:
@@ -273,7 +275,7 @@ class ConvPass:
         self._run(begin, places, u)
 
     def backward(self, begin: int, places: np.ndarray, du: Tensor) -> None:
-        """Adds to the sums and fills `dx` at the steps' tokens; du has `overlap` more steps."""
+        """Add to the sums and fill `dx` at the steps' tokens; du has `overlap` more steps."""
         self._run(begin, places, du, self.dx, *self.totals)
 
     def sums(self) -> Iterator[Tensor]:

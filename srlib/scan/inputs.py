@@ -15,27 +15,19 @@ Gradients = dict[str, Tensor]
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
 
+
+def _axes(**names: str) -> dict[str, tuple[str, ...]]:
+    return {tensor: tuple(axes.split()) for tensor, axes in names.items()}
+
+
 # Axes by name; an axis has one size wherever it comes, which the first tensor that has it says.
-SCAN_AXES = {
-    "u": ("B", "D", "L"),
-    "delta": ("B", "D", "L"),
-    "A": ("D", "N"),
-    "B": ("B", "N", "L"),
-    "C": ("B", "N", "L"),
-    "D": ("D",),
-    "z": ("B", "D", "L"),
-    "delta_bias": ("D",),
-}
-MIXER_AXES = {
-    "x": ("B", "L", "E"),
-    "conv_weight": ("E", "taps"),
-    "conv_bias": ("E",),
-    "dt_proj": ("E", "R"),
-    "dt_bias": ("E",),
-    "A": ("E", "N"),
-    "D": ("E",),
-    "x_proj": ("R+2N", "E"),
-}
+SCAN_AXES = _axes(
+    u="B D L", delta="B D L", A="D N", B="B N L", C="B N L", D="D", z="B D L", delta_bias="D"
+)
+MIXER_AXES = _axes(
+    x="B L E", conv_weight="E taps", conv_bias="E", dt_proj="E R", dt_bias="E", A="E N", D="E",
+    x_proj="R+2N E",
+)  # fmt: skip
 
 
 class ScanInputs(NamedTuple):
@@ -153,7 +145,7 @@ def unusable(load: Callable[[], object], message: str) -> str:
 
 
 def refused_by_cuda(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why the back end `name` cannot take such tensors, as it computes in float32 on CUDA."""
+    """The reason why the back end `name`, which computes in float32 on CUDA, cannot take such tensors."""
     if device.type != "cuda":
         return f"{name} needs CUDA tensors, got {device.type}"
     return f"{name} computes in float32, got float64 tensors" if dtype == torch.float64 else ""

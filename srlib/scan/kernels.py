@@ -612,8 +612,8 @@ def conv_backward(
 ):
     """Gradients of `conv_forward` for its steps; the sums dweights (B, TAPS, P) and dbias (B, P) are added to.
 
-    A token's dx needs du of the `TAPS - 1` steps after it, too: they follow at the end of `places`, as far as
-    the order has them.
+    A token's dx needs du of the `TAPS - 1` steps after it, too: they follow at the end of `places`, those that
+    the order has.
     """
     x_rows, g, out = tiles
     one, zero = broadcast(_ONE), broadcast(_ZERO)

@@ -22,14 +22,14 @@ def _kernel() -> ModuleType:
 
 
 def unavailable() -> str:
-    """Why this back end cannot run here: no CUDA device, or the kernel cannot be imported."""
+    """The reason why this back end cannot run here: no CUDA device, or the kernel cannot be imported."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     return unusable(_kernel, "mamba_ssm's CUDA kernel cannot be imported")
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str:
-    """Why this back end cannot take such tensors."""
+    """The reason why this back end cannot take such tensors."""
     return refused_by_cuda("mamba_ssm", device, dtype)
 
 
@@ -39,7 +39,7 @@ def states_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
 
 def _arguments(inputs: ScanInputs, options: Options) -> tuple[list[Tensor | None], Tensor]:
-    """What the kernel wants (float32 parameters, contiguous tokens, groups of B, C); the order."""
+    """The kernel's arguments (float32 parameters, contiguous tokens, groups of B, C); the order."""
     tokens = token_order(options.order, inputs.u.shape[-1], options.nslices).to(inputs.u.device)
 
     def ready(name: str, t: Tensor | None) -> Tensor | None:

@@ -211,7 +211,7 @@ class _Stretches:
         return self.memory[name][:size].view(shape)
 
     def scan_inputs(self, begin: int, count: int) -> tuple[ScanInputs, Tensor]:
-        """What the scan reads in a stretch, in the order of visit; the step sizes of rank R."""
+        """Inputs of the scan in a stretch, in the order of visit; the step sizes of rank R."""
         batch, width, _ = self.x.shape
         _, _, x_proj, dt_proj, dt_bias, A, D = self.weights
         u, delta = (self.work(name, batch, count, width) for name in ("u", "delta"))
@@ -225,7 +225,7 @@ class _Stretches:
 
 
 def _refuses(x: Tensor, conv_weight: Tensor) -> str:
-    """Why the fused operator cannot take such tensors; empty where it can."""
+    """The reason why the fused operator cannot take such tensors; empty where it can."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return f"x: expected torch.float32 on the CPU, got {x.dtype} on {x.device.type}"
     if conv_weight.shape[1] > cpu.MOST_TAPS:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice, repeat
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
@@ -29,13 +29,13 @@ logger = logging.getLogger("srlib.scan")
 
 
 class Backend(Protocol):
-    """What a back end's module has."""
+    """A back end: a module with these functions."""
 
     def unavailable(self) -> str:
-        """Why it cannot run on this machine; empty where it can."""
+        """The reason why it cannot run on this machine; empty where it can."""
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Why it cannot take such tensors; empty where it can."""
+        """The reason why it cannot take such tensors; empty where it can."""
 
     def states_shape(self, u: Tensor, A: Tensor) -> tuple[int, ...]:
         """Shape of what the forward pass keeps for the backward pass, for `u` (B, D, L) and `A` (D, N)."""
@@ -143,12 +143,6 @@ def _define(name: str, schema: str, function: Callable, fake: Callable) -> Any:
     return functools.reduce(getattr, name.split("::"), torch.ops)
 
 
-def _flat(arguments: Sequence[Any]) -> list[Any]:
-    """The arguments, those of lists too."""
-    lists = (a if isinstance(a, (list, tuple)) else (a,) for a in arguments)
-    return [each for one in lists for each in one]
-
-
 def register(
     name: str,
     schema: str,
@@ -168,7 +162,7 @@ def register(
 
     Args:
         name: of the operator.
-        schema: its arguments, tensors first.
+        schema: its arguments, tensors first, of which the last may be a list.
         forward: takes the arguments and the room for states, which it fills unless it is empty; returns the output.
         backward: takes the output's gradient, the states and the arguments; returns the gradients of those tensors
             that are given, in their order.
@@ -183,6 +177,13 @@ def register(
         returns the output.
     """
     operator, count = f"srlib::{name}", schema.count("Tensor")
+    single = count - schema.count("Tensor[]")
+
+    def flat(given: Sequence[Any]) -> list[Tensor | None]:
+        return [*given[:single], *(t for listed in given[single:count] for t in listed)]
+
+    def listed(tensors: list[Any]) -> list[Any]:
+        return tensors if single == count else [*tensors[:single], tensors[single:]]
 
     def room(given: Sequence[Any], keep: bool) -> Tensor:
         shape = states_shape(*given) if keep else (0,)
@@ -203,7 +204,7 @@ def register(
         return backward(grad, states, *given)
 
     def fake_backward(grad: Tensor, states: Tensor, *given: Any) -> list[Tensor]:
-        return [like(t) for t in _flat(given[:count]) if t is not None]
+        return [like(t) for t in flat(given) if t is not None]
 
     call = _define(operator, f"({schema}, bool keep_states) -> (Tensor, Tensor)", run, fake)
     call_backward = _define(
@@ -216,23 +217,18 @@ def register(
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         if not inputs[-1]:
             raise RuntimeError(f"{operator}: a gradient needs keep_states=True")
-        ctx.save_for_backward(output[1], *_flat(inputs[:count]))
-        ctx.lengths = [len(t) if isinstance(t, (list, tuple)) else None for t in inputs[:count]]
+        ctx.save_for_backward(output[1], *flat(inputs))
         ctx.options = inputs[count:-1]
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # zeros as large as the states
 
     def gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
-        def as_given(flat: Iterable[Tensor | None]) -> list[Any]:
-            rest = iter(flat)
-            return [next(rest) if n is None else [*islice(rest, n)] for n in ctx.lengths]
-
         states, *tensors = ctx.saved_tensors
         found: Iterator[Tensor | None] = repeat(None)
         if grad is not None:
-            found = iter(call_backward(grad, states, *as_given(tensors), *ctx.options))
-        by_tensor = as_given(None if t is None else next(found) for t in tensors)
-        return *by_tensor, *(None for _ in ctx.options), None
+            found = iter(call_backward(grad, states, *listed(tensors), *ctx.options))
+        gradients = [None if t is None else next(found) for t in tensors]
+        return *listed(gradients), *[None for _ in ctx.options], None
 
     def twice(ctx: Any, *_: Tensor) -> NoReturn:
         raise NotImplementedError(
@@ -247,8 +243,7 @@ def register(
         register_flop_formula(call_backward)(lambda _, __, *shapes, **___: flops(*shapes)[1])
 
     def function(*given: Any) -> Tensor:
-        tensors = _flat(given[:count])
-        wanted = any(t is not None and t.requires_grad for t in tensors)
+        wanted = any(t is not None and t.requires_grad for t in flat(given))
         return call(*given, torch.is_grad_enabled() and wanted)[0]
 
     return function

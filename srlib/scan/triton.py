@@ -40,7 +40,7 @@ def _kernels() -> ModuleType:
 
 
 def unavailable() -> str:
-    """Why this back end cannot run here: no CUDA device, or no Triton."""
+    """The reason why this back end cannot run here: no CUDA device, or no Triton."""
     return (
         unusable(_kernels, "Triton cannot be used")
         if torch.cuda.is_available()
@@ -49,7 +49,7 @@ def unavailable() -> str:
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str:
-    """Why this back end cannot take such tensors."""
+    """The reason why this back end cannot take such tensors."""
     return refused_by_cuda("triton", device, dtype)
 
 

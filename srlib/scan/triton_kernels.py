@@ -64,7 +64,7 @@ def _token(step, length, slice_length, ORDER: tl.constexpr):
 
 @triton.jit
 def _next(token, row, length, slice_length, ORDER: tl.constexpr):
-    """What is visited after `token`."""
+    """The token visited after `token`, and its place in its slice."""
     if ORDER == "forward":
         token += 1
     elif ORDER == "reverse":

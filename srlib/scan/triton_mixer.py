@@ -12,7 +12,7 @@
 
 For the backward pass x and the scan's state before each chunk are kept. Decay and state are float32, sequences as
 wide as x is. Sums over tokens go by way of partial sums, without atomic additions: the same bits come out every time.
-Where one order fills the GPU, the orders take turns, so that what is computed again is there for one at a time.
+Where one order fills the GPU, the orders take turns, so that memory holds what is computed again of one at a time.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def _kernels() -> ModuleType:
 
 
 def refuses(x: Tensor) -> str:
-    """Why these kernels cannot take tokens or a map like `x`; empty where they can."""
+    """The reason why these kernels cannot take tokens or a map like `x`; empty where they can."""
     if reason := triton.refuses(x.device, x.dtype):
         return reason
     return "" if math.prod(x.shape[1:]) < 2**31 else "an image's tensor of 2**31 elements or more"
 
 
 class _Orders:
-    """What the passes of some orders work with: sizes, weights and u, its projections and step sizes."""
+    """Both passes of some orders: sizes, weights and u, its projections and step sizes."""
 
     def __init__(
         self, x: Tensor, weights: Sequence[Tensor], orders: list[str], nslices: int

@@ -87,7 +87,7 @@ def _convolved(
     x, x_row, weight, bias, step, d, row, scan, order, length, slice_length, batch,
     channels: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """What SiLU is applied to (steps, channels), and x under each tap, the last one first."""
+    """The argument of SiLU (steps, channels), and x under each tap, the last one first."""
     inside = d < channels
     x += (row % batch).to(tl.int64) * length * x_row
     total = tl.load(bias + scan * channels + d, inside, 0.0)[None, :]
