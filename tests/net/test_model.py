@@ -13,7 +13,7 @@ from srlib.net.model import FEATURES, SegResMamba, load_released_state_dict
 from srlib.net.peers import with_checkpoints
 from srlib.run.train import build_model, load_trained
 
-ORACLE = Path(__file__).parent / "oracles" / "released_segresmamba_f8.npz"
+ORACLE = Path(__file__).parents[1] / "oracles" / "released_segresmamba_f8.npz"
 TINY = FEATURES["tiny"]
 
 

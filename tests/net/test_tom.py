@@ -9,7 +9,7 @@ import torch
 from srlib.net.tom import ToMLayer, TriOrientedMamba
 from srlib.scan import token_order
 
-ORACLE = Path(__file__).parent / "oracles" / "tri_oriented_mamba.npz"
+ORACLE = Path(__file__).parents[1] / "oracles" / "tri_oriented_mamba.npz"
 
 
 def relative_error(ours: torch.Tensor, expected: np.ndarray) -> float:
