@@ -224,7 +224,8 @@ def problem(operator: str, rng: np.random.Generator) -> tuple[Callable, Tensors,
     types += [] if short else [torch.float64]
     dtype = types[rng.integers(len(types))]
     function = by_triton if short else partial(selective_scan, backend=operator)
-    return function, {name: t.to(dtype) for name, t in inputs.items()}, options, dtype
+    where = "cuda" if short and torch.cuda.is_available() else "cpu"
+    return function, {name: t.to(where, dtype) for name, t in inputs.items()}, options, dtype
 
 
 class _Triton(torch.autograd.Function):
