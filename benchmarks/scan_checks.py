@@ -261,7 +261,7 @@ def fuzz(operator: str, minutes: float, seed: int) -> bool:
         function, inputs, options, dtype = problem(operator, rng)
         inputs = {name: strided(t, rng) for name, t in inputs.items()}
         like = inputs["x" if "x" in inputs else "u"]
-        grad = strided(torch.randn(like.shape).to(dtype), rng)
+        grad = strided(torch.randn(like.shape).to(like.device, dtype), rng)
         result = with_gradients(partial(function, **options), inputs, grad)
         error = errors(result, expected(inputs, options, grad))
         if dtype == torch.float32:
@@ -287,7 +287,7 @@ def expected(inputs: Tensors, options: dict, grad: Tensor) -> Tensors:
     order = token_order(
         options["order"], grad.shape[TOKENS["y"] if "u" in inputs else 1], options["nslices"]
     )
-    softplus = options.get("delta_softplus", True)
+    order, softplus = order.to(grad.device), options.get("delta_softplus", True)
     rows = [
         by_definition(
             {name: t[b : b + 1] if name in TOKENS else t for name, t in inputs.items()},
