@@ -37,9 +37,8 @@ REFERENCE = ROOT / "results" / "reference"
 # scores, prepared cases, plans and executed notebooks of another version are computed anew. `tests/test_recipe.py`
 # trains a tiny network and fails when its numbers move while this one does not.
 RECIPE = 1
-SPARE = (
-    1 << 20
-)  # bytes; with fewer a disk counts as full where a library says only that writing failed
+# Bytes; with fewer a disk counts as full where a library says only that writing failed.
+SPARE = 1 << 20
 LONGEST_WAIT = 7 * 24 * 3600.0  # seconds, of what may rightly take days, as another's training
 T = TypeVar("T")
 logger = logging.getLogger("srlib")
@@ -167,11 +166,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
             make_visible(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _free(folder: Path) -> int:
-    """Bytes that can still be written there."""
-    return shutil.disk_usage(folder).free
 
 
 def make_visible(finished: Path, path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Networks: SegResMamba, its tri-oriented Mamba (ToM), and the peers that it is compared with."""
+"""Networks: SegResMamba, its tri-oriented Mamba (ToM), the peers that it is compared with, and what they cost."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-logger = logging.getLogger("srlib.run.train")
+logger = logging.getLogger("srlib")
 WARM_UP = 3  # steps before the capture: kernels are compiled, libraries make their handles
 
 

@@ -1,1 +1,1 @@
-"""Comparisons: grids of runs, their statistics, the claims, and what networks cost."""
+"""Comparisons: grids of runs, their statistics, receptive fields, the paper's tables and its claims."""

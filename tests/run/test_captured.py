@@ -45,7 +45,7 @@ def test_captured_steps_give_the_weights_of_steps_as_they_are():
 
 
 def test_elsewhere_steps_run_as_they_are_and_the_log_says_why(caplog):
-    with caplog.at_level(logging.INFO, logger="srlib.run.train"):
+    with caplog.at_level(logging.INFO, logger="srlib"):
         found, step = weights_after(5, "cpu", captured=True)
     assert step.graph is None
     assert [record.getMessage() for record in caplog.records] == [
