@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -352,12 +352,12 @@ def _from_itk(image: Any) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np
 
 
 def prepare(
-    channels: Sequence[Scan], spacing: Sequence[float], normalisation: Sequence[Normalisation]
+    channels: Iterable[Scan], spacing: Sequence[float], normalisation: Sequence[Normalisation]
 ) -> tuple[Tensor, NDArray[np.float64]]:
     """Channels of one case, on one grid, as a network is given them: RAS, working spacing, normalised.
 
     Args:
-        channels: one scan a modality, as `read_channels` gives them.
+        channels: one scan a modality, as `read_channels` gives them; an iterator that lets go of them saves memory.
         spacing: working voxel size, mm.
         normalisation: one a channel.
 
@@ -366,9 +366,12 @@ def prepare(
     """
     import torch
 
-    scans = [regrid(scan, spacing) for scan in channels]
-    arrays = [normalise(s.array, how) for s, how in zip(scans, normalisation, strict=True)]
-    return torch.from_numpy(np.stack(arrays)).contiguous(), scans[0].affine
+    remaining, arrays = iter(channels), []
+    for how in normalisation:  # `zip` would hold on to a scan
+        array, affine = regrid(next(remaining), spacing)
+        arrays.append(normalise(array, how)[None])
+    image = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+    return torch.from_numpy(np.ascontiguousarray(image)), affine
 
 
 def regrid(scan: Scan, spacing: Sequence[float], labels: bool = False) -> Scan:
@@ -388,9 +391,10 @@ def regrid(scan: Scan, spacing: Sequence[float], labels: bool = False) -> Scan:
 
     shape = np.round((np.array(array.shape) - 1) * old / new).astype(int) + 1
     beyond = [(0, int(np.ceil(step))) for step in new / old / 2]
-    image = sitk.GetImageFromArray(
-        np.pad(array, beyond, mode="edge")
-    )  # ITK names the last axis first
+    padded = np.pad(array, beyond, mode="edge")
+    del scan, array  # each as large as a CT
+    image = sitk.GetImageFromArray(padded)  # ITK names the last axis first
+    del padded
     image.SetSpacing(old[::-1])
     resampled = sitk.Resample(
         image,
@@ -450,7 +454,8 @@ def normalise(image: NDArray[Any], how: Normalisation = "scan") -> NDArray[np.fl
         scores[inside] = _z_scores(np.array(image[inside], np.float64))
         return scores
     low, high = np.percentile(image, (0.5, 99.5))
-    return _z_scores(np.clip(np.asarray(image, np.float64), low, high)).astype(np.float32)
+    values = np.array(image, np.float64)
+    return _z_scores(np.clip(values, low, high, out=values)).astype(np.float32)
 
 
 def check_normalisation(how: Normalisation) -> None:

@@ -179,8 +179,8 @@ def segment(
         raise ValueError(f"{entry.title}: states no axis along which cases may be mirrored")
     channels = scans.read_channels(files, entry.in_channels)
     shape, affine = channels[0].array.shape, channels[0].affine
-    image, working_affine = scans.prepare(channels, entry.spacing, entry.normalisation)
-    del channels
+    one_by_one = (channels.pop(0) for _ in range(len(channels)))
+    image, working_affine = scans.prepare(one_by_one, entry.spacing, entry.normalisation)
     grid = OwnGrid.of(shape, np.linalg.inv(working_affine) @ affine)
     size = image.shape[1:]
     axis = int(np.argmax(size))  # the longest: the slabs across it are smallest
