@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from glob import escape
 from itertools import pairwise
 from pathlib import Path
@@ -76,7 +77,11 @@ def standard(folder: Path) -> Contents:
             cases = [_listed(folder, item) for item in stated["training"]]
         elif "dataset" in stated:  # nnU-Net's second version, where files lie elsewhere
             cases = [
-                Case(name, tuple(folder / image for image in of["images"]), folder / of["label"])
+                Case(
+                    name,
+                    tuple(folder / image for image in _listed_names(of["images"])),
+                    folder / of["label"],
+                )
                 for name, of in stated["dataset"].items()
             ]
         elif pairs:
@@ -127,7 +132,7 @@ LAYOUTS = {
 
 def _stated(index: Path) -> dict[str, Any]:
     try:
-        stated = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
+        stated = json.loads(index.read_text(encoding="utf-8-sig"), object_pairs_hook=_distinct)
     except ValueError as error:
         raise DataError(f"{index}: expected JSON: {error}") from error
     if not isinstance(stated, dict):
@@ -148,8 +153,10 @@ def _meaning(stated: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, tuple[i
     channels = stated.get("channel_names", stated.get("modality", {}))
     modalities = tuple(str(channels[key]) for key in sorted(channels, key=int))
     classes = {}
-    for name, values in stated.get("labels", {}).items():
-        if str(name).isdigit() and isinstance(values, str):  # the Decathlon's order: value, name
+    named = stated.get("labels", {})
+    for name, values in named.items():
+        if "background" not in named and str(name).isdigit() and isinstance(values, str):
+            # the Decathlon's order: value, name
             name, values = ("background" if name == "0" else values), int(name)
         if name == "ignore":
             raise ValueError("the label 'ignore' is not supported")
@@ -164,12 +171,18 @@ def _meaning(stated: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, tuple[i
     return modalities, classes
 
 
+def _listed_names(names: Any) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
 def _whole(value: Any) -> int:
     """A label value, which JSON may hold as text."""
-    number = float(value)
-    if isinstance(value, bool) or not number.is_integer():
-        raise ValueError(f"the label value {value!r}; expected a whole number")
-    return int(number)
+    with suppress(ValueError):
+        if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+            return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise ValueError(f"the label value {value!r}; expected a whole number")
 
 
 def _listed(folder: Path, item: dict[str, str]) -> Case:

@@ -41,7 +41,10 @@ def values_in(path: Path, label: Scan, known: dict[int, str] | None = None) -> l
         expected = ", ".join(f"{k} {name}" for k, name in {0: "background", **known}.items())
     if len(wrong) or np.count_nonzero(found) > MOST_VALUES:
         shown = (wrong if len(wrong) else found)[:5]
-        listed = ", ".join(np.format_float_positional(value, trim="-") for value in shown)
+        listed = ", ".join(
+            str(value) if shown.dtype.kind in "iu" else np.format_float_positional(value, trim="-")
+            for value in shown
+        )
         raise DataError(f"{path}: unknown label values [{listed}]; expected {expected}")
     return [int(value) for value in found if value]
 

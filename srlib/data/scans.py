@@ -14,7 +14,9 @@ import itertools
 import logging
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -50,6 +52,13 @@ UNITS = {
     3: 1e-3,
 }  # mm in a unit of NIfTI: not stated (as mm), m, mm, micrometre
 CHANNEL = re.compile(r"_(\d{4})$")  # the number at the end of a file's name, as nnU-Net's
+UNKNOWN_SIDES = "%s: states no orientation (%s): left and right may be exchanged, and other axes"
+METAIMAGE_BYTES = {  # of a voxel
+    **dict.fromkeys(("CHAR", "UCHAR"), 1),
+    **dict.fromkeys(("SHORT", "USHORT"), 2),
+    **dict.fromkeys(("INT", "UINT", "LONG", "ULONG", "FLOAT"), 4),
+    **dict.fromkeys(("LONG_LONG", "ULONG_LONG", "DOUBLE"), 8),
+}
 GEOMETRY = (  # of a NIfTI header
     *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
@@ -108,7 +117,8 @@ def read(path: Path, dimensions: int = 3, labels: bool = False) -> Scan:
     except DataError:
         raise
     except Exception as error:  # nibabel, ITK and the decompressors know many kinds of broken file
-        reason = (str(error).strip() or "no reason given").splitlines()[-1]
+        said = [line for line in str(error).splitlines() if not line.startswith("Reason:")]
+        reason = (said or ["no reason given"])[-1].strip()
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {reason})") from error
     while array.ndim > dimensions and array.shape[-1] == 1:
         array = array[..., 0]
@@ -129,9 +139,12 @@ def read(path: Path, dimensions: int = 3, labels: bool = False) -> Scan:
             f"{path}: states voxels of {stated} mm, but its affine (sform or qform) has {of_affine} mm;"
             " correct the one that is wrong"
         )
+    if not labels:
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is told below
+            array = np.asarray(array, np.float32)
     if bad := array.size - np.count_nonzero(np.isfinite(array)):
         raise DataError(f"{path}: {bad} voxels are NaN or infinite")
-    return Scan(array if labels else np.asarray(array, np.float32), affine)
+    return Scan(array, affine)
 
 
 def read_channels(paths: Sequence[Path], channels: int) -> list[Scan]:
@@ -226,7 +239,7 @@ def _load(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.flo
         return _from_nifti(path)
     import SimpleITK as sitk
 
-    _refuse_data_elsewhere(path)
+    _check_header(path)
     return _from_itk(sitk.ReadImage(str(path), imageIO=_itk_reader(path)))
 
 
@@ -242,6 +255,8 @@ def _from_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[
         if image.get_data_dtype().kind not in "biuf":
             raise DataError(f"{path}: expected one number a voxel, got {image.get_data_dtype()}")
         array = np.asarray(image.dataobj)
+        while file.read(1 << 20):  # to the end, where gzip compares its checksum
+            pass
         file.seek(0)
         header = type(image.header).from_fileobj(file, check=False)  # nibabel mends sizes silently
     unit = UNITS.get(int(header["xyzt_units"]) & 7)
@@ -252,11 +267,7 @@ def _from_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[
     if sform and qform and not header.get_sform().any(axis=1)[:3].all():
         affine = np.asarray(image.get_qform(), np.float64)  # the other one is empty
     elif not (sform or qform):
-        logger.warning(
-            "%s: states no orientation (sform_code and qform_code are 0): its axes are taken to point left,"
-            " anterior and superior, and left and right may be exchanged",
-            path,
-        )
+        logger.warning(UNKNOWN_SIDES, path, "sform_code and qform_code are 0")
     spacing = np.asarray(header["pixdim"][1:4], np.float64)
     return array, np.diag([unit, unit, unit, 1]) @ affine, unit * spacing
 
@@ -295,15 +306,19 @@ def write_labels(
         reader.SetFileName(str(like))
         reader.ReadImageInformation()
         image = sitk.GetImageFromArray(array.T)  # ITK names the last axis first
-        image.SetOrigin(reader.GetOrigin())
-        image.SetSpacing(reader.GetSpacing())
-        image.SetDirection(reader.GetDirection())
+        axes = np.reshape(reader.GetDirection(), (reader.GetDimension(), -1))[:3, :3]
+        image.SetOrigin(reader.GetOrigin()[:3])
+        image.SetSpacing(reader.GetSpacing()[:3])
+        image.SetDirection(axes.ravel())
         sitk.WriteImage(image, str(path), useCompression=True)
         return
     if like.is_dir():  # DICOM: the scanner's coordinates, in mm
         nifti = nib.Nifti1Image(array, affine)
         nifti.set_sform(affine, "scanner")
-        nifti.set_qform(affine, "scanner", strip_shears=True)
+        axes = affine[:3, :3] / voxel_sizes(affine)
+        sheared = not np.allclose(axes.T @ axes, np.eye(3), atol=1e-4)
+        # A qform cannot be sheared, and another grid beside the true one is worse than none.
+        nifti.set_qform(None if sheared else affine, 0 if sheared else 1)
         nifti.header.set_xyzt_units("mm")
     else:
         with _opened(like) as file:
@@ -316,21 +331,81 @@ def write_labels(
     nib.save(nifti, path)
 
 
-def _refuse_data_elsewhere(path: Path) -> None:
-    """`DataError` when the header of an NRRD or MetaImage file names a file of voxels that is not there, beside it."""
+def _check_header(path: Path) -> None:
+    """Refuse an NRRD or MetaImage file for what ITK would read without a word.
+
+    Raises:
+        DataError: voxels that are not there, not beside it, or not all of them; lengths in another unit than mm; a
+            negative voxel size of MetaImage.
+    """
     with path.open("rb") as file:
         header = file.read(MOST_HEADER).decode("latin-1")
-    if path.suffix.lower() in (".nrrd", ".nhdr"):  # a blank line ends it; MetaImage goes on
+    nrrd = path.suffix.lower() in (".nrrd", ".nhdr")
+    if nrrd:  # a blank line ends it; MetaImage goes on
         header = re.split(r"\r?\n\r?\n", header, maxsplit=1)[0]
+    folder = Path(os.path.normpath(path.absolute().parent))
     for found in DATA_FILE.finditer(header):
         listed = found[1].split()[:1] == ["LIST"]
         for line in header[found.end() :].splitlines() if listed else [found[1]]:
             name = line.strip()
-            place = Path(os.path.normpath(path.parent / name))
-            if not place.is_relative_to(os.path.normpath(path.parent)):
+            place = Path(os.path.normpath(folder / name))
+            if not place.is_relative_to(folder):
                 raise DataError(f"{path}: its voxels are in {name}; expected a file beside it")
             if name and name.upper() != "LOCAL" and "%" not in name and not place.is_file():
                 raise DataError(f"{path}: its voxels are in {name}, which is not there")
+    units = re.findall(r"(?m)^(?:space units:|DistanceUnits *=)\s*(.*?)\s*$", header)
+    if units and set(re.findall(r"\w+", units[0])) - {"mm", "millimeter", "millimeters"}:
+        raise DataError(f"{path}: lengths in {units[0]}; expected mm")
+    if not re.search(
+        r"(?m)^(space:|space dimension:|TransformMatrix|Orientation|Rotation)", header
+    ):
+        logger.warning(UNKNOWN_SIDES, path, "no space or matrix")
+    if not nrrd:
+        _check_metaimage(path, header)
+
+
+def _check_metaimage(path: Path, header: str) -> None:
+    """`DataError` for voxels that are not whole, which MetaIO fills with whatever memory held."""
+    data_file = re.search(r"(?m)^\s*ElementDataFile\s*=[ \t]*([^\r\n]*)\r?\n?", header)
+    if not data_file:
+        return  # ITK says what is wrong
+    stated = dict(re.findall(r"(?m)^\s*(\w+)\s*=\s*(.*?)\s*$", header[: data_file.start()]))
+    try:
+        sizes = [int(size) for size in stated["DimSize"].split()]
+        width = METAIMAGE_BYTES[stated["ElementType"].removeprefix("MET_").removesuffix("_ARRAY")]
+        if min(float(size) for size in stated.get("ElementSpacing", "1").split()) <= 0:
+            raise DataError(
+                f"{path}: states voxels of {stated['ElementSpacing']} mm; expected above 0"
+            )
+    except (KeyError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        return
+    name, *numbers = data_file[1].split()
+    expected = prod(sizes) * width * int(stated.get("ElementNumberOfChannels", 1))
+    if name == "LIST":
+        found, expected = len(header[data_file.end() :].split()), sizes[-1]
+    elif "%" in name:
+        first, last, step = (int(number) for number in (*numbers, 1)[:3])
+        found, expected = len(range(first, last + 1, step)), sizes[-1]
+    else:
+        local = name.upper() == "LOCAL"
+        content = (path if local else path.parent / data_file[1].strip()).read_bytes()
+        content = content[data_file.end() if local else 0 :]
+        found = len(content)
+        if stated.get("CompressedData", "").lower() in ("true", "1"):
+            unpack = zlib.decompressobj(47)
+            try:
+                found = len(unpack.decompress(content)) if expected else 0
+            except zlib.error:
+                found = -1
+            found = found if unpack.eof else -1
+        elif "HeaderSize" in stated:
+            return
+    if found != expected:
+        raise DataError(
+            f"{path}: its voxels are not whole; expected {expected}, found {max(found, 0)}"
+        )
 
 
 def _from_itk(image: Any) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
@@ -340,11 +415,11 @@ def _from_itk(image: Any) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise ValueError(f"expected one number a voxel, got {image.GetPixelIDTypeAsString()}")
     array = sitk.GetArrayFromImage(image).T  # (Z, Y, X) -> (X, Y, Z)
-    size, spacing = image.GetDimension(), np.array(image.GetSpacing())
+    size, spacing = image.GetDimension(), np.array(image.GetSpacing())[:3]
     affine = np.eye(4)
-    if size == 3:
-        affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * spacing
-        affine[:3, 3] = image.GetOrigin()
+    if size >= 3:
+        affine[:3, :3] = np.reshape(image.GetDirection(), (size, size))[:3, :3] * spacing
+        affine[:3, 3] = image.GetOrigin()[:3]
     return array, LPS_TO_RAS @ affine, spacing
 
 

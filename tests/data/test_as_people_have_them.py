@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import struct
 import unicodedata
 from pathlib import Path
 
@@ -46,6 +47,20 @@ def dicom(folder: Path, places, directions=AXIAL, numbers=None, **tags) -> Path:
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{numbers[k] if numbers else k:03d}.dcm"))
         writer.Execute(image)
+    return folder
+
+
+def edit(folder: Path, tag: tuple[int, int], *values: str) -> Path:
+    """Set an element of the slices, one value for all or one each, as no writer would."""
+    for k, path in enumerate(sorted(folder.iterdir())):
+        content, value = path.read_bytes(), values[k % len(values)].encode()
+        place = 144 + int.from_bytes(content[140:144], "little")  # after the meta header
+        while (found := struct.unpack_from("<HHI", content, place))[:2] < tag:
+            place += 8 + found[2]
+        end = place + 8 + found[2] if found[:2] == tag else place
+        value += b" " * (len(value) % 2)
+        element = struct.pack("<HHI", *tag, len(value)) + value
+        path.write_bytes(content[:place] + element + content[end:])
     return folder
 
 
@@ -99,7 +114,7 @@ NOT_A_VOLUME = {
     "a missing slice": ({"places": [(0, 0, k) for k in (0, 1, 2, 4)]}, "expected equal steps"),
     "planes that turn": (
         {"places": [(0, 0, k) for k in range(2)], "directions": (AXIAL, (1, 0, 0, 0, 0, 1))},
-        "differ in size, voxels or direction",
+        "differ in size, voxels, direction",
     ),
     "a mosaic": (
         {"places": [(0, 0, 0)], "0008_0008": "ORIGINAL\\PRIMARY\\M\\MOSAIC"},
@@ -113,6 +128,60 @@ def test_slices_that_are_no_regular_grid_are_refused(tmp_path, kind):
     settings, message = NOT_A_VOLUME[kind]
     with pytest.raises(DataError, match=message):
         scans.read(dicom(tmp_path / "series", **settings))
+
+
+HEADERS = {
+    "inverted voxels": ((0x0028, 0x0004), ["MONOCHROME1"], "MONOCHROME1; convert it"),
+    "no place in numbers": ((0x0020, 0x0032), ["0\\0\\0", "10\\20\\ nan"], "001.dcm: its place"),
+    "skewed axes": ((0x0020, 0x0037), ["1\\0\\0\\.3\\1\\0"], "two perpendicular axes of length 1"),
+    "axes of length 2": ((0x0020, 0x0037), ["2\\0\\0\\0\\2\\0"], "two perpendicular axes"),
+    "no size of pixels": ((0x0028, 0x0030), [""], "states no size of its pixels"),
+    "a size of 0": ((0x0028, 0x0030), ["0\\0"], "states no size of its pixels"),
+    "no step": ((0x0018, 0x0088), ["0"], "states 0 mm between slices"),
+    "one slice twice": ((0x0020, 0x0032), ["0\\0\\5"], "lie at one place"),
+    "two frames of reference": (
+        (0x0020, 0x0052),
+        ["1.2", "1.3"],
+        "differ in size, voxels, direction",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_headers_that_contradict_a_volume_are_refused(tmp_path, kind):
+    tag, values, message = HEADERS[kind]
+    series = dicom(tmp_path / "series", [(0, 0, 2 * k) for k in range(3)])
+    assert message in refusal(edit(series, tag, *values))
+
+
+def test_a_copy_of_a_slice_is_named(tmp_path):
+    series = dicom(tmp_path / "series", [(0, 0, 2 * k) for k in range(3)])
+    (series / "001 (1).dcm").write_bytes((series / "001.dcm").read_bytes())
+    assert "001 (1).dcm and 001.dcm are the same slice; remove one" in refusal(series)
+
+
+@pytest.mark.parametrize("step", [0.625, 1.25])
+def test_places_that_are_rounded_to_hundredths_are_a_regular_grid(tmp_path, step):
+    places = [(round(0.3 * step * k, 2), 0, round(step * k, 2)) for k in range(20)]
+    scan = scans.read(dicom(tmp_path / "ct", places))
+    np.testing.assert_allclose(scan.affine[:3, 2], (-0.3 * step, 0, step), atol=1e-3)
+
+
+def test_a_mask_of_a_tilted_series_states_one_grid_only(tmp_path):
+    series = dicom(tmp_path / "ct", [(0, 0.73 * k, 2 * k) for k in range(4)])
+    scan = scans.read(series)
+    labels = np.ones(scan.array.shape, np.uint8)
+    predict.write_mask(predict.Mask(labels, scan.affine), series, tmp_path / "mask.nii.gz")
+    mask = nib.load(tmp_path / "mask.nii.gz")
+    np.testing.assert_allclose(mask.affine, scan.affine, atol=1e-5)
+    assert int(mask.header["qform_code"]) == 0  # it could hold a rotated grid only
+
+
+def test_a_folder_of_dicom_and_other_scans_is_ambiguous(tmp_path):
+    series = dicom(tmp_path / "mr", [(0, 0, k) for k in range(2)])
+    nifti(series / "seg.nii")
+    with pytest.raises(DataError, match=r"holds DICOM files beside seg\.nii"):
+        predict.find_cases([series], 1)
 
 
 def test_a_multi_frame_file_is_named_with_what_to_do(tmp_path):
@@ -131,7 +200,7 @@ def test_every_file_of_a_series_folder_is_accounted_for(tmp_path, caplog):
     assert scans.read(series).array.shape == (20, 24, 4)
     assert "not DICOM and passed over: notes.txt" in caplog.text
     whole = (series / "000.dcm").read_bytes()
-    (series / "cut").write_bytes(whole[: len(whole) // 2])
+    (series / "cut").write_bytes(whole[:100])
     (series / "report.dcm").write_bytes(bytes(128) + b"DICM")
     dicom(series / "more", [(0, 0, 9)])
     said = refusal(series).splitlines()
@@ -144,12 +213,7 @@ def test_every_file_of_a_series_folder_is_accounted_for(tmp_path, caplog):
 def test_slopes_that_differ_by_slice_keep_fractions(tmp_path):
     ct = {"0008_0060": "CT", "0008_0016": "1.2.840.10008.5.1.4.1.1.2"}
     folder = dicom(tmp_path / "ct", [(0, 0, k) for k in range(3)], **ct)
-    for k, slope in enumerate((b"0.25", b"0.5 ", b"1.75")):  # ITK writes whole numbers only
-        content = (folder / f"{k:03d}.dcm").read_bytes()
-        before, tag, after = content.partition(b"\x28\x00\x53\x10")
-        length = int.from_bytes(after[:4], "little")
-        slope = len(slope).to_bytes(4, "little") + slope
-        (folder / f"{k:03d}.dcm").write_bytes(before + tag + slope + after[4 + length :])
+    edit(folder, (0x0028, 0x1053), "0.25", "0.5", "1.75")  # ITK writes whole numbers only
     assert scans.read(folder).array[0, 0].tolist() == [250, 500.5, 1753.5]
 
 
@@ -239,6 +303,73 @@ def test_a_header_without_its_voxels_names_them(tmp_path, ending):
     (voxels,) = set(tmp_path.iterdir()) - {path}
     voxels.unlink()
     assert refusal(path) == f"{path}: its voxels are in {voxels.name}, which is not there"
+
+
+def damaged_metaimage(path: Path, kind: str) -> Path:
+    write(path, VOXELS, np.eye(4))
+    content = path.read_bytes()
+    if kind in ("flipped bit", "cut"):
+        sitk.WriteImage(sitk.ReadImage(str(path)), str(path), useCompression=True)
+        content = path.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :]
+        content = flipped if kind == "flipped bit" else content[:middle]
+    elif kind == "too long":
+        content += b"more"
+    elif kind == "micrometres":
+        content = content.replace(b"NDims", b"DistanceUnits = um\nNDims", 1)
+    elif kind == "negative size":
+        content = content.replace(b"ElementSpacing = 1 1 1", b"ElementSpacing = 1 1 -1", 1)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("flipped bit", "its voxels are not whole"),
+        ("cut", "its voxels are not whole"),
+        ("too long", "its voxels are not whole; expected 23040, found 23044"),
+        ("micrometres", "lengths in um; expected mm"),
+        ("negative size", "states voxels of 1 1 -1 mm"),
+    ],
+)
+def test_metaimage_that_itk_would_read_without_a_word(tmp_path, kind, message):
+    assert message in refusal(damaged_metaimage(tmp_path / "a.mha", kind))
+
+
+def test_nrrd_in_micrometres_is_refused_and_one_without_space_is_told(tmp_path, caplog):
+    path = write(tmp_path / "a.nrrd", VOXELS, np.eye(4))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"kinds:", b'space units: "um" "um" "um"\nkinds:', 1))
+    assert 'lengths in "um" "um" "um"; expected mm' in refusal(path)
+    bare = b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\nspacings: 1 1 1\nencoding: raw\n\n"
+    path.write_bytes(bare + bytes(range(8)))
+    scans.read(path)
+    assert "left and right may be exchanged" in caplog.text
+
+
+def test_damage_that_only_gzip_s_checksum_shows(tmp_path):
+    content = bytearray(gzip.compress(nib.Nifti1Image(VOXELS, np.eye(4)).to_bytes(), 0))
+    content[2000] ^= 8
+    (tmp_path / "a.nii.gz").write_bytes(content)
+    assert "CRC check failed" in refusal(tmp_path / "a.nii.gz")
+
+
+def test_values_beyond_float32_are_refused(tmp_path):
+    array = VOXELS.astype(np.float64)
+    array[0] = -1.7976931348623157e308
+    assert "480 voxels are NaN or infinite".replace("480", str(24 * 12)) in refusal(
+        nifti(tmp_path / "a.nii", array)
+    )
+
+
+def test_four_dimensions_of_which_one_is_1(tmp_path):
+    image = sitk.JoinSeries([sitk.GetImageFromArray(VOXELS.T)])
+    sitk.WriteImage(image, str(tmp_path / "a.mha"))
+    np.testing.assert_array_equal(scans.read(tmp_path / "a.mha").array, VOXELS)
+    predict.write_mask(predict.Mask(LABELS, np.eye(4)), tmp_path / "a.mha", tmp_path / "mask.mha")
+    assert scans.read(tmp_path / "mask.mha").array.shape == VOXELS.shape
 
 
 def test_a_mask_takes_geometry_alone_from_the_scan(tmp_path):

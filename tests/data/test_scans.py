@@ -138,7 +138,7 @@ BAD_FILES = {
     "truncated gzip": (_truncated("bad.nii.gz"), "cannot be read"),
     "truncated": (_truncated("bad.nii"), "cannot be read"),
     "truncated NRRD": (_truncated("bad.nrrd"), "cannot be read"),
-    "truncated MetaImage": (_truncated("bad.mha"), "cannot be read"),
+    "truncated MetaImage": (_truncated("bad.mha"), "its voxels are not whole"),
     "wrong magic": (_header(magic=b"abc"), "cannot be read"),
     "NRRD without magic": (_file("bad.nrrd", b"no image" * 99), "cannot be read"),
     "2D": (_nifti(lambda image: nib.Nifti1Image(VOXELS[0], np.eye(4))), "expected 3 dimensions"),
