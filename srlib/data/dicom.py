@@ -16,6 +16,7 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
+from srlib.data.scans import is_dicom
 from srlib.files import DataError
 
 OFF_PLACE = 0.01  # mm that a slice may lie off its place in a regular grid
@@ -123,7 +124,7 @@ def _step(folder: Path, slices: list[Slice], normal: NDArray[np.float64]) -> NDA
             f"{folder}: its slices are {gaps.min():.3g} to {gaps.max():.3g} mm apart; expected equal steps"
         )
     # A line through all, since places may be rounded to hundredths of a mm.
-    step, start = np.polyfit(np.arange(len(places)), places, 1)
+    step, start = np.polyfit(np.arange(len(places)), places, 1).round(9)
     expected = start + np.arange(len(places))[:, None] * step
     off = np.linalg.norm(places - expected, axis=1)
     if off.max() > OFF_PLACE:
@@ -174,12 +175,6 @@ def _slices(folder: Path) -> list[Slice]:
     if others:
         logger.warning("%s: not DICOM and passed over: %s", folder, ", ".join(others[:5]))
     return slices
-
-
-def is_dicom(path: Path) -> bool:
-    """Tell a DICOM file by its preamble."""
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
 
 
 def _slice(path: Path) -> Slice:

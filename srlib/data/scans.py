@@ -97,6 +97,12 @@ def stem(path: Path) -> str:
     return ""
 
 
+def is_dicom(path: Path) -> bool:
+    """Tell a DICOM file by its preamble."""
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
 def read(path: Path, dimensions: int = 3, labels: bool = False) -> Scan:
     """Read a file of one of `ENDINGS`, or a folder that holds one DICOM series.
 

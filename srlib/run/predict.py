@@ -32,7 +32,6 @@ from tqdm.auto import tqdm
 
 from srlib import data
 from srlib.data import labels, scans
-from srlib.data.dicom import is_dicom
 from srlib.files import REFERENCE, atomic_path
 from srlib.machine import device
 from srlib.run.train import load_trained, restore
@@ -116,7 +115,7 @@ def _files(inputs: Sequence[Path]) -> Iterator[Path]:
             raise data.DataError(f"{path}: no such file or folder")
         inside = sorted(path.iterdir()) if path.is_dir() else []
         found = [p for p in inside if scans.stem(p) and not p.name.startswith(".")]
-        if found and any(is_dicom(p) for p in inside if p.is_file()):
+        if found and any(scans.is_dicom(p) for p in inside if p.is_file()):
             raise data.DataError(
                 f"{path}: holds DICOM files beside {found[0].name}; move one or the other away"
             )
