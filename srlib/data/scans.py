@@ -444,13 +444,21 @@ def prepare(
 
     Returns:
         Image float32 (C, X, Y, Z), and the affine (4, 4) of its grid.
+
+    Raises:
+        ValueError: as many normalisations as channels were expected; one that is not known.
     """
     import torch
 
     remaining, arrays = iter(channels), []
-    for how in normalisation:  # `zip` would hold on to a scan
-        array, affine = regrid(next(remaining), spacing)
-        arrays.append(normalise(array, how)[None])
+    try:
+        for how in normalisation:  # `zip` would hold on to a scan
+            array, affine = regrid(next(remaining), spacing)
+            arrays.append(normalise(array, how)[None])
+    except StopIteration:
+        raise ValueError(f"{len(normalisation)} normalisations of fewer channels") from None
+    if next(remaining, None) is not None:
+        raise ValueError(f"{len(normalisation)} normalisations of more channels")
     image = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
     return torch.from_numpy(np.ascontiguousarray(image)), affine
 

@@ -15,6 +15,7 @@ import matplotlib as mpl
 import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
+from PIL import Image
 
 from srlib import data, machine, tables
 from srlib.files import atomic_path, results_dir
@@ -79,8 +80,12 @@ class Record:
             figure.savefig(path, dpi=300, metadata=about)
         with atomic_path(folder / f"{name}.svg") as path:
             figure.savefig(path, metadata=about | {"Date": None})
-        inline = io.BytesIO()
-        figure.savefig(inline, format="png", dpi=200)
+        drawn, inline = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=200)
+        with Image.open(
+            drawn
+        ) as image:  # of 256 colours a third as large, as the notebooks hold it
+            image.convert("RGB").quantize(256).save(inline, "PNG", optimize=True, dpi=(200, 200))
         bundle = {"image/png": base64.b64encode(inline.getvalue()).decode(), "text/plain": alt}
         shown = {"alt": alt, "width": round(100 * figure.get_figwidth())}  # sharp on any screen
         display(bundle, raw=True, metadata={"image/png": shown})

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from scan_files import write, write_pairs
+from scan_files import write, write_nifti, write_pairs
 
 from srlib.data import plans, scans
 from srlib.files import DataError
@@ -65,14 +65,7 @@ def edit(folder: Path, tag: tuple[int, int], *values: str) -> Path:
 
 
 def nifti(path: Path, array=VOXELS, affine=None, **fields) -> Path:
-    """A NIfTI file whose header has these fields, byte by byte."""
-    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
-    raw = bytearray(path.read_bytes())
-    header = np.frombuffer(raw, nib.nifti1.header_dtype, count=1)
-    for name, value in fields.items():
-        header[name] = value
-    path.write_bytes(raw)
-    return path
+    return write_nifti(path, array, affine, **fields)
 
 
 def refusal(path: Path) -> str:

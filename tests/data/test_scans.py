@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
-from scan_files import itk_image, write, write_dicom
+from scan_files import itk_image, write, write_dicom, write_nifti
 from scipy.ndimage import map_coordinates
 
 from srlib import data
@@ -58,18 +58,7 @@ def _nifti(change):
 
 def _header(**fields):
     """A NIfTI file with these fields of the header set byte by byte, as no writer would."""
-
-    def make(folder: Path) -> Path:
-        path = folder / "bad.nii"
-        nib.save(nib.Nifti1Image(VOXELS, np.eye(4)), path)
-        raw = bytearray(path.read_bytes())
-        header = np.frombuffer(raw, nib.nifti1.header_dtype, count=1)
-        for field, value in fields.items():
-            header[field] = value
-        path.write_bytes(raw)
-        return path
-
-    return make
+    return lambda folder: write_nifti(folder / "bad.nii", VOXELS, **fields)
 
 
 def _voxel(value):
@@ -274,6 +263,9 @@ def test_prepare_gives_channels_each_on_its_own_scale():
     assert image.is_contiguous()
     assert 0 <= image[1].min() < image[1].max() <= 1
     np.testing.assert_array_equal(affine, np.eye(4))
+    for few in (["scan"], ["scan"] * 3):
+        with pytest.raises(ValueError, match="normalisations of"):
+            scans.prepare([scan, scan], (1, 1, 1), few)
 
 
 @pytest.mark.parametrize(
