@@ -302,7 +302,10 @@ def data_plan(
         "small"
     ),
 ) -> None:
-    """Look at a folder's cases and say how they will be trained on: channels, classes, voxels, patches."""
+    """Look at a folder's cases and say how they will be trained on: channels, classes, voxels, patches.
+
+    Trainings plan with 4 GiB; the patches of another memory are theirs by `train --patch X Y Z`.
+    """
     from srlib.run import runs
 
     typer.echo(runs.plan_in_words(str(folder.resolve()), network, memory))

@@ -82,7 +82,8 @@ def find_cases(inputs: Sequence[Path], channels: int) -> dict[str, tuple[Path, .
     files, as macOS's `._scan.nii.gz`, are passed over.
 
     Raises:
-        srlib.files.DataError: nothing there, a channel too many or too few, two cases of one name.
+        srlib.files.DataError: nothing there, a channel too many or too few, two cases of one name, a folder of DICOM
+            and other scans.
     """
     found: dict[str, dict[int, Path]] = defaultdict(dict)
     named = {path: _name_and_channel(path) for path in _files(inputs)}
