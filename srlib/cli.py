@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -458,3 +459,29 @@ def predict(
             failed += 1
     if failed:
         raise ValueError(f"{failed} of {len(cases)} cases could not be segmented")
+
+
+@app.command(
+    epilog="Examples: export results/runs/0123456789ab folder --to hub; export model.safetensors model.onnx"
+)
+def export(
+    checkpoint: CheckpointFile,
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="A file model.onnx or a folder; not there yet.")
+    ],
+    to: Annotated[str | None, typer.Option(help="What the folder becomes: hub or bundle.")] = None,
+) -> None:
+    """Write a trained network for other tools: ONNX, a folder for a model hub, or a MONAI bundle.
+
+    docs/export.md says what each can do. Nothing is uploaded.
+    """
+    kind = to or target.suffix.removeprefix(".")
+    if kind not in ("hub", "bundle", "onnx") or (kind == "onnx") != (target.suffix == ".onnx"):
+        raise ValueError(
+            f"{target}: expected a file that ends in .onnx, or --to hub or --to bundle"
+        )
+    if os.path.lexists(target):
+        raise ValueError(f"{target}: is there already; choose another name")
+    file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
+    import_module(f"srlib.export.{kind}").write(file, target)
+    typer.echo(target)

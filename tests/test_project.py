@@ -193,6 +193,7 @@ PACKAGES = [
     "run",
     "study",
     "show",
+    "export",
     "book",
     "cli __main__",
 ]

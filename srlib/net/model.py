@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from itertools import pairwise
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from monai.networks.blocks import Convolution, ResBlock
 from torch import Tensor, nn
 
+from srlib.files import load_tensors, read_json
 from srlib.net.tom import ToMLayer
 from srlib.scan import ORDERS
 from srlib.scan.recompute import Recompute, check_recompute, recomputed
@@ -359,6 +361,29 @@ class SegResMamba(nn.Module):
         self.skips = nn.ModuleList(Skip(c) for c in features)
         self.ups = nn.ModuleList(UpStage(d, c, recompute) for c, d in reversed(pairs))
         self.head = nn.ConvTranspose3d(features[0], out_channels, kernel_size=2, stride=2)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> SegResMamba:
+        """Network of a folder that `python -m srlib export RUN FOLDER --to hub` wrote, in eval mode, on the CPU.
+
+        Args:
+            folder: holds `config.json`, the arguments of this class, and `model.safetensors`.
+
+        Raises:
+            FileNotFoundError: a file that is not there.
+            ValueError: a file that is broken, or weights that are not those of the configuration; names it.
+        """
+        config, weights = (Path(folder) / name for name in ("config.json", "model.safetensors"))
+        about = "arguments of SegResMamba"
+        arguments = read_json(config, about, in_channels=int, out_channels=int, features=list)
+        state, _ = load_tensors(weights)
+        try:
+            network = cls(**arguments)
+            network.load_state_dict(state)
+        except (TypeError, RuntimeError) as error:  # an argument that is not known; other weights
+            said = str(error).splitlines()[-1].strip()
+            raise ValueError(f"{weights}: does not fit {config}: {said:.200}") from error
+        return network.eval()
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Image (B, C_in, D, H, W) -> the four skips, stage s at 1/2^(s+1) of the resolution."""

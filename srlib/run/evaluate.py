@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from srlib import data, tables
 from srlib.data.catalog import MEAN
 from srlib.data.labels import class_masks
-from srlib.files import RECIPE, atomic_path, cached_json, save_json
+from srlib.files import RECIPE, atomic_path, cached_json, load_json, save_json
 from srlib.run.predict import scores_by_slab
 from srlib.run.runs import RunConfig, run_dir, run_id
 from srlib.run.train import load_trained, require_same_data, restore
@@ -96,6 +96,17 @@ def evaluate(
         save_json(scores_file, {"made_with": made_with, "rows": rows})
     tables.write(pd.DataFrame(rows), table_file, digits=None)
     return tables.read_scores(table_file)
+
+
+def stored_scores(network: Path) -> pd.DataFrame | None:
+    """The table of `evaluate` beside a network's file; `None` unless it is whole and of these very weights."""
+    file = network.parent / "evaluation.json"
+    if not file.is_file():
+        return None
+    found = load_json(file)
+    table, made_with = pd.DataFrame(found["rows"]), found["made_with"]
+    same = made_with["network"] == hashlib.sha256(network.read_bytes()).hexdigest()
+    return table if same and set(made_with["cases"]) <= {*table.get("case", ())} else None
 
 
 def test_cases(config: RunConfig) -> list[str]:

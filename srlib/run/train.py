@@ -109,9 +109,21 @@ def build_model(config: RunConfig, entry: data.Entry | None = None) -> nn.Module
         torch.manual_seed(config.seed)
         if config.model in SMALL:
             return build(config.model, *channels, config.patch_size, SMALL)
-        names = ("nslices", "tom", "tom_residual", "scan_orders", "recurrence", "extra_conv")
-        settings = {name: getattr(config, name) for name in (*names, "block", "variant")}
-        return SegResMamba(*channels, FEATURES[config.model], **settings)
+        return SegResMamba(**network_arguments(config, entry))
+
+
+def network_arguments(config: RunConfig, entry: data.Entry) -> dict[str, Any]:
+    """Arguments of `SegResMamba` that make a run's network.
+
+    Raises:
+        ValueError: the run's network is a peer.
+    """
+    if config.model not in FEATURES:
+        raise ValueError(f"{config.model!r} is a peer; expected a run of SegResMamba")
+    names = ("nslices", "tom", "tom_residual", "scan_orders", "recurrence", "extra_conv")
+    settings = {name: getattr(config, name) for name in (*names, "block", "variant")}
+    channels = {"in_channels": entry.in_channels, "out_channels": entry.out_channels}
+    return channels | {"features": FEATURES[config.model]} | settings
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
