@@ -4,12 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from srlib.data.cases import Dataset, Split, TrainingSamples, get, open
+    from srlib.data.cases import Dataset, Split, get, open
     from srlib.data.catalog import CATALOG, Entry, download, present
+    from srlib.data.samples import TrainingSamples
     from srlib.files import DataError
 
 PLACES = {
-    **dict.fromkeys(("Dataset", "Split", "TrainingSamples", "get", "open"), "srlib.data.cases"),
+    **dict.fromkeys(("Dataset", "Split", "get", "open"), "srlib.data.cases"),
+    "TrainingSamples": "srlib.data.samples",
     **dict.fromkeys(("CATALOG", "Entry", "download", "present"), "srlib.data.catalog"),
     "DataError": "srlib.files",
 }

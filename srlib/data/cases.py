@@ -1,7 +1,7 @@
-"""Data sets: their cases, checks, cached preprocessing, folds, and seeded random samples.
+"""Data sets: their cases, checks, cached preprocessing and folds.
 
     files --check--> trusted files --load--> RAS, working spacing, z-scores, kept on disk
-          --TrainingSamples--> patches, each a pure function of (seed, step, index)
+          --TrainingSamples (srlib.data.samples)--> patches, each a pure function of (seed, step, index)
 
 Arrays are (C, X, Y, Z), the axes pointing right, anterior and superior; where the network says
 (D, H, W) it is given X, Y, Z.
@@ -12,25 +12,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from math import radians
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nibabel as nib
-import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from monai.transforms import (
-    Compose,
-    RandAdjustContrastd,
-    RandGaussianNoised,
-    RandScaleIntensityd,
-    RandShiftIntensityd,
-)
-from monai.transforms.utils import create_rotate, create_scale
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor
 
 from srlib import files
@@ -162,7 +150,7 @@ class Dataset:
             DataError: a file of the case that cannot be read, or that changes meanwhile.
         """
         case = self[case_id]
-        tensors = self._preprocessed(case, self._place(case))
+        tensors = self.prepare(case, self.prepared_at(case))
         spacing = tuple(map(float, nib.affines.voxel_sizes(tensors["affine"].numpy())))
         label = tensors["label"].long()
         return {**tensors, "label": label, "spacing": spacing, "id": case_id}
@@ -201,16 +189,16 @@ class Dataset:
         paths = [path for case in self.cases for path in case.files]
         return cache_dir("facts") / f"{slug(self.entry.name)}-{what}-{self._identity(paths)}"
 
-    def _place(self, case: Case) -> Path:
+    def prepared_at(self, case: Case) -> Path:
         """Path of a prepared case: safetensors, which can be read without running code."""
         folder = cache_dir("cases", slug(self.entry.name))
         return folder / f"{case.id}-{self._identity(case.files)}.safetensors"
 
-    def _preprocessed(self, case: Case, place: Path) -> dict[str, Tensor]:
+    def prepare(self, case: Case, place: Path) -> dict[str, Tensor]:
         """The prepared case from its place, put there first where it is missing or broken."""
 
         def make() -> dict[str, Tensor]:
-            if place != self._place(case):
+            if place != self.prepared_at(case):
                 raise DataError(
                     f"{case.image}: it or its label has changed since this process began"
                 )
@@ -280,144 +268,3 @@ class Dataset:
 def _state(path: Path) -> str:
     state = path.stat() if path.is_file() else None
     return f"{state.st_size} {state.st_mtime_ns}" if state else "missing"
-
-
-# --- The random part, once a sample -------------------------------------------------------------
-
-
-class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Random training patches, item `i` being a pure function of (seed, step, index in the batch).
-
-    Item `i` belongs to step `first_step + i // batch_size`, so a run resumed at a step goes on with
-    the samples that the uninterrupted run would have seen. Cases come in a new random order each
-    time all have been seen. Two patches of three are centred on a random foreground voxel, as far
-    as the case reaches; a case smaller than the patch lies anywhere in it. What is outside of the
-    scan is 0, the mean of z-scores (and where CT's windows from 0 to 1 begin), as in MONAI's
-    sliding-window inference.
-
-    With `augment`: rotation up to 15 degrees about each axis and scaling by 0.85 to 1.15 (half of
-    the samples, in one resampling), mirroring along the entry's `flip_axes`, and intensity scale,
-    shift, gamma and noise.
-
-    Args:
-        dataset: its cases.
-        case_ids: those to draw from, such as `dataset.split(0).train`.
-        patch_size: voxels, (X, Y, Z).
-        batch_size: samples a step.
-        steps: number of steps; the length is `steps * batch_size`.
-        seed: non-negative integer.
-        augment: False for plain crops.
-        first_step: step that item 0 belongs to.
-
-    Returns:
-        Each item: `image` float32 (C, *patch_size), `label` int64 (1, *patch_size).
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        case_ids: Sequence[str],
-        patch_size: Sequence[int],
-        batch_size: int,
-        steps: int,
-        seed: int,
-        augment: bool = True,
-        first_step: int = 0,
-    ) -> None:
-        if not case_ids or len(patch_size) != 3:
-            raise ValueError(f"expected cases and 3 patch sizes, got {case_ids!r}, {patch_size!r}")
-        self.dataset = dataset
-        self.cases = [(case, dataset._place(case)) for case in map(dataset.__getitem__, case_ids)]
-        for case, place in self.cases:
-            if not place.is_file():
-                dataset._preprocessed(case, place)
-        self.checked: set[Path] = (
-            set()
-        )  # by this process; each time would take longer than a sample
-        self.patch_size = tuple(patch_size)
-        self.batch_size, self.steps, self.first_step = batch_size, steps, first_step
-        self.seed, self.augment, self.flip_axes = seed, augment, dataset.entry.flip_axes
-        self.intensity = Compose(
-            [
-                RandScaleIntensityd("image", factors=0.15, prob=0.5),
-                RandShiftIntensityd("image", offsets=0.15, prob=0.5),
-                RandAdjustContrastd("image", gamma=(0.7, 1.5), prob=0.3),
-                RandGaussianNoised("image", std=0.1, prob=0.3),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return self.steps * self.batch_size
-
-    def __getitem__(self, item: int) -> dict[str, Tensor]:
-        if not 0 <= item < len(self):
-            raise IndexError(f"item {item} of {len(self)}")
-        number = self.first_step * self.batch_size + item
-        epoch, position = divmod(number, len(self.cases))
-        order = _random_state(self.seed, 0, epoch).permutation(len(self.cases))
-        random = _random_state(self.seed, 1, *divmod(number, self.batch_size))
-
-        case, place = self.cases[order[position]]
-        if place not in self.checked:
-            self.dataset._preprocessed(case, place)
-            self.checked.add(place)
-        arrays = load_file(place)
-        image, label = arrays["image"], arrays["label"]
-        corner = _corner(label[0], self.patch_size, random)
-        if self.augment and random.rand() < 0.5:
-            image, label = _turned_patch(image, label, corner, self.patch_size, random)
-        else:
-            image, label = (_patch(array, corner, self.patch_size) for array in (image, label))
-        if self.augment:
-            flips = [axis + 1 for axis in self.flip_axes if random.rand() < 0.5]  # 0 is the channel
-            image, label = image.flip(flips), label.flip(flips)
-            self.intensity.set_random_state(state=random)
-            image = self.intensity({"image": image})["image"].as_tensor()
-        return {"image": image, "label": label.long()}
-
-
-def _random_state(*key: int) -> np.random.RandomState:
-    """MONAI's kind of generator, seeded with a tuple of integers."""
-    return np.random.RandomState(np.random.SeedSequence(key).generate_state(4))
-
-
-def _corner(
-    label: Tensor, patch: tuple[int, ...], random: np.random.RandomState
-) -> NDArray[np.int64]:
-    """First voxel of the patch in a case (X, Y, Z); negative where the case is the smaller one."""
-    room = np.array(label.shape) - patch
-    corner = random.randint(np.minimum(room, 0), np.maximum(room, 0) + 1)
-    foreground = np.flatnonzero(label.numpy())
-    if random.rand() < 2 / 3 and len(foreground):
-        voxel = np.unravel_index(foreground[random.randint(len(foreground))], label.shape)
-        centred = np.clip(np.array(voxel) - np.array(patch) // 2, 0, np.maximum(room, 0))
-        corner = np.where(room > 0, centred, corner)
-    return corner
-
-
-def _patch(array: Tensor, corner: NDArray[np.int64], patch: tuple[int, ...]) -> Tensor:
-    """(C, X, Y, Z) -> (C, *patch) from `corner` on, 0 outside of the case."""
-    after = corner + patch - array.shape[1:]
-    pads = np.stack([-corner, after], axis=1)[::-1]  # torch names the last axis first; < 0 crops
-    return F.pad(array, pads.flatten().tolist())
-
-
-def _turned_patch(
-    image: Tensor,
-    label: Tensor,
-    corner: NDArray[np.int64],
-    patch: tuple[int, ...],
-    random: np.random.RandomState,
-) -> tuple[Tensor, Tensor]:
-    """`_patch` of a randomly rotated and scaled case; only the patch's voxels are resampled."""
-    angles = [radians(random.uniform(-15, 15)) for _ in range(3)]
-    factors = [random.uniform(0.85, 1.15) for _ in range(3)]
-    turn = np.asarray(create_rotate(3, angles) @ create_scale(3, factors))[:3, :3]
-    # Voxel x among n has torch's coordinate (2x + 1) / n - 1, and the axes come in reverse order.
-    sizes, middle = np.array(image.shape[1:]), corner + (np.array(patch) - 1) / 2
-    linear = turn * patch / sizes[:, None]
-    theta = np.column_stack([linear[:, ::-1], (2 * middle + 1) / sizes - 1])[::-1].copy()
-    grid = F.affine_grid(torch.from_numpy(theta)[None].float(), [1, 1, *patch], align_corners=False)
-    turned = F.grid_sample(image[None], grid, align_corners=False)[0]
-    labels = F.grid_sample(label[None].float(), grid, mode="nearest", align_corners=False)[0]
-    return turned, labels

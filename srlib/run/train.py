@@ -25,7 +25,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -236,7 +236,6 @@ def _train(
         batches = _batches(config, dataset, first_step, fabric.global_rank)
     loader = fabric.setup_dataloaders(batches, use_distributed_sampler=False)
     bar = tqdm(
-        loader,
         desc=f"training {folder.name}",
         initial=first_step,
         total=config.steps,
@@ -266,21 +265,26 @@ def _train(
     take_step = CapturedStep(forward_and_back, several)
     start = time.perf_counter() - (history[-1][3] if history else 0.0)
     saved = time.perf_counter()
-    for step, batch in enumerate(bar, start=first_step):
+    coming: Iterator[dict[str, Tensor]] = iter(loader)  # type: ignore[arg-type]
+    batch = next(coming, {})
+    for step in range(first_step, config.steps):
         set_learning_rate(adamw, learning_rate(config, step))
         loss = take_step(batch["image"], batch["label"])
+        batch = next(coming, {})  # is made while a GPU takes the step
         mean: Any = fabric.all_reduce(loss, reduce_op="mean")  # of the processes
         of_batch = float(mean)
         require_finite(step, math.isfinite(of_batch))
         now = time.perf_counter()
         history.append((step, of_batch, learning_rate(config, step), now - start))
         bar.set_postfix(loss=f"{of_batch:.3f}", refresh=False)
+        bar.update()
         if fabric.is_global_zero and now - saved > interval:
             check_before_saving(step)
             reached = {"model": network.state_dict(), "optimizer": adamw.state_dict()}
             rows = torch.tensor(history, dtype=torch.float64)
             save_state(checkpoint, config, reached | {"history": rows})
             saved = now
+    bar.close()
     if fabric.is_global_zero:
         check_before_saving(config.steps - 1)
         _save_result(origin._replace(weights=network.state_dict()), folder, history)
@@ -298,15 +302,21 @@ def _batches(config: RunConfig, dataset: data.Dataset, first_step: int, rank: in
         config.seed,
         augment=config.augment,
         first_step=first_step,
+        device=device() if device().type == "cuda" else None,
     )
     share = config.batch_size // processes()
     starts = range(rank * share, len(samples), config.batch_size)
     batches = ([*range(start, start + share)] for start in starts)  # made as they are needed
-    return DataLoader(samples, batch_sampler=batches, num_workers=_loading_processes())
+    if samples.staying:
+        return DataLoader(samples, batch_sampler=batches)
+    pinned = device().type == "cuda"  # copied to the GPU while it computes
+    return DataLoader(
+        samples, batch_sampler=batches, num_workers=_loading_processes(), pin_memory=pinned
+    )
 
 
 def _loading_processes() -> int:
-    """Number of processes that prepare samples beside a GPU; on the CPU the training itself needs the cores."""
+    """Number of processes that make samples beside a GPU; on the CPU the training itself needs the cores."""
     is_daemon = multiprocessing.current_process().daemon  # as Dask's workers; they may start none
     return 0 if device().type == "cpu" or is_daemon else min(4, os.cpu_count() or 1)
 

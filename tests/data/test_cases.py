@@ -8,17 +8,19 @@ import os
 import socket
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai import transforms
 from monai.apps import DecathlonDataset
 from safetensors.torch import load_file
 from scipy.ndimage import affine_transform
 
 from srlib import data
-from srlib.data import cases, catalog, scans, virtual
+from srlib.data import cases, catalog, samples, scans, virtual
 from srlib.files import data_roots
 
 PATCH = (16, 24, 20)
@@ -488,51 +490,86 @@ def test_mirroring_happens_only_where_the_entry_allows_it(task, monkeypatch):
     assert directions() == {True, False}
 
 
-class _Fixed:
-    """A generator that returns given numbers."""
-
-    def __init__(self, *numbers):
-        self.numbers = iter(numbers)
-
-    def uniform(self, low, high):
-        return next(self.numbers)
-
-
 def test_turned_patch_is_the_affine_map_it_says():
     """Against SciPy: output voxel x comes from middle + R S (x - centre of the patch)."""
     random = np.random.default_rng(0)
     label = (random.random((17, 23, 19)) > 0.5).astype(np.uint8)
     image = random.normal(size=label.shape).astype(np.float32)
     corner, patch, angles, factors = np.array([3, -2, 1]), (12, 18, 14), (9, -13, 5), (0.9, 1.1, 1)
-    turned, labels = cases._turned_patch(
-        torch.from_numpy(image)[None],
-        torch.from_numpy(label)[None],
-        corner,
-        patch,
-        _Fixed(*angles, *factors),
-    )
     x, y, z = np.deg2rad(angles)
     about_x = [[1, 0, 0], [0, np.cos(x), -np.sin(x)], [0, np.sin(x), np.cos(x)]]
     about_y = [[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]]
     about_z = [[np.cos(z), -np.sin(z), 0], [np.sin(z), np.cos(z), 0], [0, 0, 1]]
     linear = np.array(about_x) @ about_y @ about_z @ np.diag(factors)
+    drawn = iter([*angles, *factors])  # degrees about each axis, then the factors
+    random = SimpleNamespace(uniform=lambda low, high: next(drawn))
+    np.testing.assert_allclose(samples._turn(random), linear, atol=1e-6)
+    image, label = torch.from_numpy(image)[None], torch.from_numpy(label)[None]
+    turned, labels = samples._turned_patch(image, label, corner, patch, linear)
     half = (np.array(patch) - 1) / 2
     offset = corner + half - linear @ half
     options = {"offset": offset, "output_shape": patch, "mode": "grid-constant"}
-    expected = affine_transform(image, linear, order=1, **options)
+    expected = affine_transform(image[0], linear, order=1, **options)
     np.testing.assert_allclose(turned[0], expected, atol=2e-5)
-    nearest = affine_transform(label, linear, order=0, **options)
+    nearest = affine_transform(label[0], linear, order=0, **options)
     assert np.mean(labels[0].numpy() != nearest) < 2e-3  # ties at rounding
 
-    plain = cases._turned_patch(
-        torch.from_numpy(image)[None],
-        torch.from_numpy(label)[None],
-        corner,
-        patch,
-        _Fixed(0, 0, 0, 1, 1, 1),
-    )
-    expected = cases._patch(torch.from_numpy(image)[None], corner, patch)
+    plain = samples._turned_patch(image, label, corner, patch, np.eye(3))
+    expected = samples._patch(image, corner, patch)
     torch.testing.assert_close(plain[0], expected, rtol=0, atol=1e-4)
+
+
+def test_intensities_change_as_monais_random_transforms_change_them():
+    intensity = transforms.Compose(
+        [
+            transforms.RandScaleIntensityd("image", factors=0.15, prob=0.5),
+            transforms.RandShiftIntensityd("image", offsets=0.15, prob=0.5),
+            transforms.RandAdjustContrastd("image", gamma=(0.7, 1.5), prob=0.3),
+            transforms.RandGaussianNoised("image", std=0.1, prob=0.3),
+        ]
+    )
+    image, patch = torch.randn(2, 9, 8, 7), (9, 8, 7)
+    prepared = samples._Prepared(image, torch.zeros(1, 9, 8, 7), np.array([]))
+    combinations = set()
+    for seed in range(60):
+        monais, ours = (np.random.RandomState(seed) for _ in range(2))
+        samples._corner(prepared, patch, monais)
+        turned = monais.rand() < samples.TURNED
+        draw = samples._draw(prepared, patch, (), True, ours)
+        combinations.add(tuple(draw.changes))
+        if not turned:
+            intensity.set_random_state(state=monais)
+            expected = intensity({"image": image})["image"].as_tensor()
+            assert torch.equal(samples._make(prepared, draw, patch)[0], expected)
+    assert len(combinations) > 8
+
+
+def test_samples_of_cases_that_stay_are_those_of_cases_that_are_read(task, monkeypatch):
+    read, staying = _samples(steps=8), _samples(steps=8, device=torch.device("cpu"))
+    assert read.staying is None
+    assert len(staying.staying) == 3
+    assert all(_equal(a, b) for a, b in zip(staying, read, strict=True))
+    monkeypatch.setattr(samples, "STAYING", 100)  # too little for them
+    many = _samples(steps=8, device=torch.device("cpu"))
+    assert many.staying is None
+    assert _equal(many[3], read[3])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing is made there")
+def test_a_gpu_makes_the_samples_of_the_cpu(task, monkeypatch):
+    """Within what interpolation rounds; the noise, which it draws itself, by its deviation."""
+    for noise in (0.0, 1.0):
+        monkeypatch.setitem(samples.INTENSITIES, "noise", (noise, 0.1, 0.1))
+        there = _samples(steps=40, device=torch.device("cuda"))
+        again = _samples(steps=40, device=torch.device("cuda"))
+        for one, other, cpu in zip(there, again, _samples(steps=40), strict=True):
+            assert _equal(one, other)
+            assert (one["label"].cpu() != cpu["label"]).float().mean() < 2e-3  # ties at rounding
+            difference = one["image"].cpu() - cpu["image"]
+            if noise:
+                assert 0.12 < difference.std() < 0.16  # of two independent ones
+            else:
+                assert difference.abs().max() < 1e-3 * (1 + cpu["image"].abs().max())
 
 
 def test_a_case_without_foreground_can_be_sampled(task):
