@@ -8,7 +8,11 @@ mosaics are refused with a word on dcm2niix, which converts both.
 from __future__ import annotations
 
 import logging
+import struct
+import zlib
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +55,17 @@ OTHERS = {
         ".lnk",
     ),
 }
-MODALITY_LUT = b"\x28\x00\x00\x30SQ"  # its tag and type, which SimpleITK does not hand on
+# Slices of one volume have these alike; where they do not, no value is told, which may name a patient.
+ALIKE = {
+    "patient": "0010|0020",
+    "the patient's name": "0010|0010",
+    "study": "0020|000d",
+    "modality": "0008|0060",
+    "frame of reference": "0020|0052",
+}
+TABLE, GROUPS, PIXELS = (0x0028, 0x3000), ((0x5200, 0x9229), (0x5200, 0x9230)), (0x7FE0, 0x0010)
+UNDEFINED = 0xFFFFFFFF  # length of what is compressed
+DEFLATED = b"1.2.840.10008.1.2.1.99"
 CONVERT = "; convert it with dcm2niix first"
 logger = logging.getLogger("srlib")
 
@@ -63,11 +77,8 @@ class Slice(NamedTuple):
     series: str
     place: NDArray[np.float64]  # (3,), of the first voxel
     steps: NDArray[np.float64]  # (3, 2), from a voxel to the next along a row and along a column
-    size: tuple[int, int]
     thickness: float
-    kind: (
-        str  # frame of reference, and whether voxels are rescaled: of one volume's slices the same
-    )
+    alike: dict[str, Any]  # what slices of one volume have in common
     uid: str
 
 
@@ -83,15 +94,15 @@ def read(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """
     slices = _slices(folder)
     first = slices[0]
-    for name in ("size", "steps"):
-        for one in slices:
-            if one.kind != first.kind or not np.allclose(
-                getattr(one, name), getattr(first, name), atol=1e-4
-            ):
-                raise DataError(
-                    f"{folder}: {one.file.name} and {first.file.name} differ in size, voxels, direction, frame of"
-                    " reference or rescaling; expected parallel slices of one kind"
-                )
+    for one in slices:
+        differing = [name for name in first.alike if one.alike[name] != first.alike[name]]
+        if not np.allclose(one.steps, first.steps, atol=1e-4):
+            differing.append("direction or size of voxels")
+        if differing:
+            raise DataError(
+                f"{folder}: {one.file.name} and {first.file.name} differ in {', '.join(differing)};"
+                " expected parallel slices of one scan"
+            )
     normal = np.cross(*first.steps.T)
     normal /= np.linalg.norm(normal)
     slices.sort(key=lambda one: float(one.place @ normal))
@@ -136,8 +147,9 @@ def _step(folder: Path, slices: list[Slice], normal: NDArray[np.float64]) -> NDA
 
 
 def _slices(folder: Path) -> list[Slice]:
-    """Headers of all files; `DataError` with a line for each fault, a warning for what is no DICOM."""
-    slices, faults, others, nested = [], [], [], []
+    """Headers of all files; `DataError` with a line for each kind of fault, a warning for what is no DICOM."""
+    slices, others, nested = [], [], []
+    faults: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
             continue
@@ -147,22 +159,27 @@ def _slices(folder: Path) -> list[Slice]:
         try:
             slices.append(_slice(path))
         except DataError as error:
-            faults.append(str(error))
+            faults[str(error).removeprefix(f"{path}: ")].append(path)
         except (RuntimeError, ValueError):
             if path.suffix.lower() in OTHERS and not is_dicom(path):
                 others.append(path.name)
                 continue
-            faults.append(
-                f"{path}: no slice that can be read: damaged, packed, or an object without pixels as a report;"
+            faults[
+                "no slice that can be read: damaged, packed, or none of a scan, as a report or a plan;"
                 " mend it or move it away"
-            )
+            ].append(path)
+    lines = []
+    for fault, paths in faults.items():
+        names = ", ".join([str(paths[0]), *(path.name for path in paths[1:5])])
+        more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+        lines.append(f"{names}{more}: {fault}")
     if nested:
         names = ", ".join(path.name for path in nested[:5])
-        faults.append(
+        lines.append(
             f"{folder}: DICOM files in the folders {names}; expected one series in one folder"
         )
-    if faults:
-        raise DataError("\n".join(faults))
+    if lines:
+        raise DataError("\n".join(lines))
     if not slices:
         raise DataError(f"{folder}: expected the files of one DICOM series, got 0")
     series = Counter(one.series for one in slices)
@@ -184,17 +201,16 @@ def _slice(path: Path) -> Slice:
     reader.ReadImageInformation()
     about: dict[str, str] = defaultdict(str)
     about |= {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
+    if "3004|000e" in about:
+        raise DataError(f"{path}: a dose, in units of (3004,000e); expected slices of a scan")
     if reader.GetDimension() > 2 and reader.GetSize()[2:] != (1,):
         raise DataError(f"{path}: multi-frame DICOM{CONVERT}")
-    if about["0008|0016"].endswith((".2.1", ".4.1")):
+    content = _content(path)
+    if any(_holds(content, tag) for tag in GROUPS):
         raise DataError(f"{path}: enhanced DICOM{CONVERT}")
     if "MOSAIC" in about["0008|0008"].upper():
         raise DataError(f"{path}: a mosaic of slices{CONVERT}")
-    if about["0028|0004"] == "MONOCHROME1":  # how to show them; GDCM inverts the voxels themselves
-        raise DataError(f"{path}: voxels that are shown inverted, MONOCHROME1{CONVERT}")
-    with path.open("rb") as file:
-        if MODALITY_LUT in file.read(1 << 16):
-            raise DataError(f"{path}: voxels whose meaning stands in a table (0028,3000){CONVERT}")
+    _check_voxels(path, about, content)
     place, directions = (_numbers(about[tag]) for tag in ("0020|0032", "0020|0037"))
     if len(place) != 3 or len(directions) != 6:
         raise DataError(
@@ -209,17 +225,79 @@ def _slice(path: Path) -> Slice:
             " expected numbers, and two perpendicular axes of length 1"
         )
     if len(pixel) != 2 or not (np.isfinite(pixel) & (pixel > 0)).all():
-        raise DataError(f"{path}: states no size of its pixels (0028,0030){CONVERT}")
+        raise DataError(f"{path}: states no size of its pixels (0028,0030), correct it")
     axes = axes / np.linalg.norm(axes, axis=1, keepdims=True)
     between = _numbers(about["0018|0088"])
     if len(between) and not between[0]:
         raise DataError(f"{path}: states 0 mm between slices (0018,0088), correct it{CONVERT}")
     thickness = [*between, *_numbers(about["0018|0050"]), 0.0][0]
     steps = axes.T * pixel[::-1]  # the space between rows comes first
-    size = reader.GetSize()
-    kind = f"{about['0020|0052']} {'0028|1053' in about}"
+    alike: dict[str, Any] = {name: about[tag] for name, tag in ALIKE.items()}
+    alike |= {"size": reader.GetSize()[:2], "rescaling": bool(about["0028|1053"])}
     series, uid = about["0020|000e"], about["0008|0018"]
-    return Slice(path, series, place, steps, (size[0], size[1]), abs(thickness), kind, uid)
+    return Slice(path, series, place, steps, abs(thickness), alike, uid)
+
+
+def _check_voxels(path: Path, about: dict[str, str], content: bytes) -> None:
+    """`DataError` for voxels that GDCM would read as others, or fill with whatever memory held."""
+    if about["0028|0004"] == "MONOCHROME1":  # how to show them; GDCM inverts the voxels themselves
+        raise DataError(f"{path}: voxels that are shown inverted, MONOCHROME1{CONVERT}")
+    if _holds(content, TABLE):
+        raise DataError(
+            f"{path}: voxels whose meaning stands in a table (0028,3000); apply it first"
+        )
+    slopes = _numbers(about["0028|1053"])
+    if len(slopes) > 1 or not slopes.all():
+        raise DataError(
+            f"{path}: rescaled by {about['0028|1053']} (0028,1053); expected one number, not 0"
+        )
+    allocated, stored, highest = (int(about[f"0028|010{k}"]) for k in range(3))
+    if allocated not in (8, 16, 32) or stored > allocated or highest != stored - 1:
+        raise DataError(
+            f"{path}: voxels of {stored} bits in {allocated}, bit {highest} the highest (0028,0100 to 0102);"
+            " expected 8, 16 or 32, and the lowest of them"
+        )
+    expected = prod(int(about[tag]) for tag in ("0028|0010", "0028|0011", "0028|0002"))
+    expected *= allocated // 8
+    lengths = [n for _, n, start in _elements(content, PIXELS) if start + n <= len(content)]
+    compressed = any(n == UNDEFINED for _, n, _ in _elements(content, PIXELS))
+    if not compressed and max(lengths, default=0) < expected:
+        raise DataError(
+            f"{path}: its voxels are not whole; expected {expected} bytes, found {max(lengths, default=0)}"
+        )
+
+
+def _content(path: Path) -> bytes:
+    """Bytes of a file, unpacked where all of it is."""
+    content = path.read_bytes()
+    if DEFLATED not in content[:1024]:
+        return content
+    return zlib.decompress(
+        content[144 + int.from_bytes(content[140:144], "little") :], -zlib.MAX_WBITS
+    )
+
+
+def _elements(content: bytes, tag: tuple[int, int]) -> Iterator[tuple[str, int, int]]:
+    """Byte order, length and start of what may be an element's value: its tag, in any encoding.
+
+    SimpleITK hands on neither sequences nor the length of the voxels; chance makes some tags among voxels.
+    """
+    for order in "<>":
+        sought = struct.pack(f"{order}HH", *tag)
+        place = content.find(sought)
+        while 0 <= place <= len(content) - 16:
+            explicit = content[place + 4 : place + 6] in (b"SQ", b"OB", b"OW", b"UN")
+            start = place + (12 if explicit else 8)
+            yield order, struct.unpack_from(f"{order}I", content, start - 4)[0], start
+            place = content.find(sought, place + 1)
+
+
+def _holds(content: bytes, tag: tuple[int, int]) -> bool:
+    """Tell a sequence that has an item."""
+    return any(
+        content[start : start + 4] == struct.pack(f"{order}HH", 0xFFFE, 0xE000)
+        for order, _, start in _elements(content, tag)
+    )
 
 
 def _numbers(text: str) -> NDArray[np.float64]:
@@ -228,7 +306,10 @@ def _numbers(text: str) -> NDArray[np.float64]:
 
 def _voxels(path: Path) -> NDArray[np.float32]:
     """Voxels (X, Y) of a slice."""
-    image: Any = sitk.ReadImage(str(path), imageIO="GDCMImageIO")
+    try:
+        image: Any = sitk.ReadImage(str(path), imageIO="GDCMImageIO")
+    except RuntimeError as error:
+        raise DataError(f"{path}: its voxels cannot be unpacked, damaged or too short") from error
     array = sitk.GetArrayFromImage(image)
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise DataError(
