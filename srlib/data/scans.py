@@ -15,7 +15,9 @@ import logging
 import os
 import re
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -42,6 +44,15 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM and ITK point left, poster
 DATA_FILE = re.compile(
     r"^\s*(?:data ?file|ElementDataFile)\s*[=:][ \t]*([^\r\n]*)", re.MULTILINE | re.IGNORECASE
 )
+# Of their headers: what states the size of a voxel, and what right, anterior and superior are.
+SIZES = re.compile(
+    r"^\s*(?:spacings:(?!.*nan)|space directions:|ElementSpacing|ElementSize)",
+    re.MULTILINE | re.IGNORECASE,
+)
+SIDES = re.compile(
+    r"^\s*(?:space: *(?:(?:left|right)-|[lr][ap]s)|TransformMatrix|Orientation|Rotation)",
+    re.MULTILINE | re.IGNORECASE,
+)
 MOST_HEADER = 1 << 20  # bytes of a header
 SAME_GRID = 1e-3  # mm (of origins) and 1 (of directions): closer affines are one grid
 SAME_SIZE = 1e-2  # share by which two statements of a voxel's size may differ
@@ -59,6 +70,7 @@ METAIMAGE_BYTES = {  # of a voxel
     **dict.fromkeys(("INT", "UINT", "LONG", "ULONG", "FLOAT"), 4),
     **dict.fromkeys(("LONG_LONG", "ULONG_LONG", "DOUBLE"), 8),
 }
+SCALING = (("Slope", 1), ("Offset", 0))  # that MetaImage may state, and what does nothing
 GEOMETRY = (  # of a NIfTI header
     *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
@@ -140,9 +152,10 @@ def read(path: Path, dimensions: int = 3, labels: bool = False) -> Scan:
     if abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-3:
         raise DataError(f"{path}: its affine is singular or not finite")
     if not np.allclose(sizes, spacing, rtol=SAME_SIZE):
+        named = " (sform or qform)" if path.name.lower().endswith(NIFTI) else ""
         stated, of_affine = (" x ".join(f"{x:.5g}" for x in xs) for xs in (spacing, sizes))
         raise DataError(
-            f"{path}: states voxels of {stated} mm, but its affine (sform or qform) has {of_affine} mm;"
+            f"{path}: states voxels of {stated} mm, but its affine{named} has {of_affine} mm;"
             " correct the one that is wrong"
         )
     if not labels:
@@ -221,12 +234,17 @@ def require_same_grid(path: Path, scan: Scan, other_path: Path, other: Scan) -> 
             f"{path}: its shape is {scan.array.shape}, that of {other_path} {other.array.shape}"
         )
     if not np.allclose(scan.affine, other.affine, atol=SAME_GRID):
-        corners = np.array(list(itertools.product(*[(0, n - 1) for n in scan.array.shape[:3]])))
-        apart = apply_affine(scan.affine, corners) - apply_affine(other.affine, corners)
-        off = np.linalg.norm(apart, axis=1).max()
+        off = apart(scan.array.shape, scan.affine, other.affine)
         raise DataError(
             f"{path}: its affine is not that of {other_path}: voxels lie up to {off:.3g} mm apart"
         )
+
+
+def apart(shape: Sequence[int], affine: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Greatest distance (mm) between the places that two affines give one voxel of a grid of this shape."""
+    corners = np.array(list(itertools.product(*[(0, n - 1) for n in shape[:3]])))
+    distances = apply_affine(affine, corners) - apply_affine(other, corners)
+    return float(np.linalg.norm(distances, axis=1).max())
 
 
 def _load(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
@@ -261,8 +279,12 @@ def _from_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[
         if image.get_data_dtype().kind not in "biuf":
             raise DataError(f"{path}: expected one number a voxel, got {image.get_data_dtype()}")
         array = np.asarray(image.dataobj)
-        while file.read(1 << 20):  # to the end, where gzip compares its checksum
-            pass
+        expected = image.dataobj.offset + prod(image.shape) * image.get_data_dtype().itemsize
+        found = file.seek(0, os.SEEK_END)  # where gzip compares its checksum
+        if found != expected and array.size:
+            raise DataError(
+                f"{path}: its voxels are not whole; expected {expected} bytes in all, found {found}"
+            )
         file.seek(0)
         header = type(image.header).from_fileobj(file, check=False)  # nibabel mends sizes silently
     unit = UNITS.get(int(header["xyzt_units"]) & 7)
@@ -272,6 +294,13 @@ def _from_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[
     sform, qform = int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
     if sform and qform and not header.get_sform().any(axis=1)[:3].all():
         affine = np.asarray(image.get_qform(), np.float64)  # the other one is empty
+    elif sform and qform and header["sform_code"] == header["qform_code"]:
+        with suppress(ValueError):  # a qform that is no rotation says nothing
+            off = unit * apart(array.shape, header.get_sform(), image.get_qform())
+            if off > unit * voxel_sizes(affine).min() / 2:
+                logger.warning(
+                    "%s: its qform lies up to %.3g mm off its sform, which is taken", path, off
+                )
     elif not (sform or qform):
         logger.warning(UNKNOWN_SIDES, path, "sform_code and qform_code are 0")
     spacing = np.asarray(header["pixdim"][1:4], np.float64)
@@ -286,9 +315,12 @@ def _opened(path: Path) -> Any:
 
 
 def _nifti_class(file: Any) -> Any:
-    second = file.read(4) in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # 540 bytes of header
+    start = file.read(24)
     file.seek(0)
-    return nib.Nifti2Image if second else nib.Nifti1Image
+    for size, kind in ((348, nib.Nifti1Image), (540, nib.Nifti2Image)):  # bytes of the header
+        if start[:4] in (size.to_bytes(4, "little"), size.to_bytes(4, "big")):
+            return kind
+    raise ValueError(f"begins with {start!r}, as NIfTI does not")
 
 
 def write_labels(
@@ -347,6 +379,9 @@ def _check_header(path: Path) -> None:
     with path.open("rb") as file:
         header = file.read(MOST_HEADER).decode("latin-1")
     nrrd = path.suffix.lower() in (".nrrd", ".nhdr")
+    if not header.startswith("NRRD") if nrrd else "ElementDataFile" not in header:
+        start = header[:24].encode("latin-1")
+        raise ValueError(f"begins with {start!r}, as NRRD and MetaImage do not")
     if nrrd:  # a blank line ends it; MetaImage goes on
         header = re.split(r"\r?\n\r?\n", header, maxsplit=1)[0]
     folder = Path(os.path.normpath(path.absolute().parent))
@@ -362,56 +397,78 @@ def _check_header(path: Path) -> None:
     units = re.findall(r"(?m)^(?:space units:|DistanceUnits *=)\s*(.*?)\s*$", header)
     if units and set(re.findall(r"\w+", units[0])) - {"mm", "millimeter", "millimeters"}:
         raise DataError(f"{path}: lengths in {units[0]}; expected mm")
-    if not re.search(
-        r"(?m)^(space:|space dimension:|TransformMatrix|Orientation|Rotation)", header
-    ):
-        logger.warning(UNKNOWN_SIDES, path, "no space or matrix")
+    if not SIZES.search(header):
+        raise DataError(
+            f"{path}: states no voxel sizes (spacings, space directions, ElementSpacing)"
+        )
+    if not SIDES.search(header):
+        logger.warning(UNKNOWN_SIDES, path, "no anatomical space or matrix")
     if not nrrd:
         _check_metaimage(path, header)
 
 
 def _check_metaimage(path: Path, header: str) -> None:
     """`DataError` for voxels that are not whole, which MetaIO fills with whatever memory held."""
-    data_file = re.search(r"(?m)^\s*ElementDataFile\s*=[ \t]*([^\r\n]*)\r?\n?", header)
+    data_file = re.search(r"(?m)^\s*ElementDataFile\s*[=:][ \t]*([^\r\n]*)\r?\n?", header)
     if not data_file:
         return  # ITK says what is wrong
-    stated = dict(re.findall(r"(?m)^\s*(\w+)\s*=\s*(.*?)\s*$", header[: data_file.start()]))
+    pairs = re.findall(r"(?m)^\s*(\w+)\s*[=:]\s*(.*?)\s*$", header[: data_file.start()])
+    stated = defaultdict(str, pairs)
+    name, *numbers = data_file[1].split() or [""]
+    local, compressed = name.upper() == "LOCAL", stated["CompressedData"][:1] in ("T", "t", "1")
     try:
         sizes = [int(size) for size in stated["DimSize"].split()]
         width = METAIMAGE_BYTES[stated["ElementType"].removeprefix("MET_").removesuffix("_ARRAY")]
-        if min(float(size) for size in stated.get("ElementSpacing", "1").split()) <= 0:
-            raise DataError(
-                f"{path}: states voxels of {stated['ElementSpacing']} mm; expected above 0"
-            )
-    except (KeyError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        return
-    name, *numbers = data_file[1].split()
-    expected = prod(sizes) * width * int(stated.get("ElementNumberOfChannels", 1))
-    if name == "LIST":
-        found, expected = len(header[data_file.end() :].split()), sizes[-1]
-    elif "%" in name:
-        first, last, step = (int(number) for number in (*numbers, 1)[:3])
-        found, expected = len(range(first, last + 1, step)), sizes[-1]
-    else:
-        local = name.upper() == "LOCAL"
-        content = (path if local else path.parent / data_file[1].strip()).read_bytes()
-        content = content[data_file.end() if local else 0 :]
-        found = len(content)
-        if stated.get("CompressedData", "").lower() in ("true", "1"):
-            unpack = zlib.decompressobj(47)
-            try:
-                found = len(unpack.decompress(content)) if expected else 0
-            except zlib.error:
-                found = -1
-            found = found if unpack.eof else -1
-        elif "HeaderSize" in stated:
-            return
-    if found != expected:
-        raise DataError(
-            f"{path}: its voxels are not whole; expected {expected}, found {max(found, 0)}"
+        width *= int(stated["ElementNumberOfChannels"] or 1)
+        skipped = int(stated["HeaderSize"] or 0)
+        spacing = [float(size) for size in stated["ElementSpacing"].split()]
+        slope, offset = (float(stated[f"ElementToIntensityFunction{k}"] or d) for k, d in SCALING)
+        first, last, step = (
+            (int(number) for number in (*numbers, 1)[:3]) if "%" in name else (0, 0, 1)
         )
+    except (KeyError, ValueError):
+        return
+    if min(spacing, default=1) <= 0:
+        raise DataError(f"{path}: states voxels of {stated['ElementSpacing']} mm; expected above 0")
+    misread = {
+        "voxels as text": stated["BinaryData"][:1] in ("F", "f", "0"),
+        "a function of intensities": (slope, offset) != (1, 0),
+        "a HeaderSize, and voxels in the same file": local and skipped > 0,
+        "no CompressedDataSize": local and compressed and stated["CompressedDataSize"] in ("", "0"),
+    }
+    for what, there in misread.items():
+        if there:
+            raise DataError(f"{path}: has {what}, which ITK misreads; write it otherwise")
+    files = [path if local else path.parent / data_file[1].strip()]
+    if "%" in name:
+        files = [path.parent / (name % k) for k in range(first, last + 1, step)]
+    elif name == "LIST":
+        names = filter(None, map(str.strip, header[data_file.end() :].splitlines()))
+        files = [path.parent / name for name in names]
+    pieces = 1 if len(files) == 1 else sizes[-1]
+    expected = prod(sizes) * width // max(pieces, 1)
+    if len(files) != pieces:
+        raise DataError(
+            f"{path}: its voxels are not whole; expected {pieces} files, found {len(files)}"
+        )
+    for file in files:
+        found = _voxel_bytes(file, data_file.end() if local else skipped, compressed)
+        if found != expected and (skipped >= 0 or found < expected):
+            named = f" in {file.name}" if pieces > 1 else ""
+            raise DataError(
+                f"{path}: its voxels{named} are not whole; expected {expected}, found {found}"
+            )
+
+
+def _voxel_bytes(file: Path, skipped: int, compressed: bool) -> int:
+    """Count bytes of voxels in a file, unpacked; 0 where it is no whole stream."""
+    if not compressed:
+        return file.stat().st_size - max(skipped, 0)
+    unpack = zlib.decompressobj(47)
+    with suppress(zlib.error):
+        found = len(unpack.decompress(file.read_bytes()[max(skipped, 0) :]))
+        return found if unpack.eof else 0
+    return 0
 
 
 def _from_itk(image: Any) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import re
 import struct
 import unicodedata
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -50,16 +52,19 @@ def dicom(folder: Path, places, directions=AXIAL, numbers=None, **tags) -> Path:
     return folder
 
 
-def edit(folder: Path, tag: tuple[int, int], *values: str) -> Path:
-    """Set an element of the slices, one value for all or one each, as no writer would."""
+def edit(folder: Path, tag: tuple[int, int], *values: str | bytes | None) -> Path:
+    """Set an element of the slices, one value for all or one each, as no writer would; `None` takes it away."""
     for k, path in enumerate(sorted(folder.iterdir())):
-        content, value = path.read_bytes(), values[k % len(values)].encode()
+        content, value = path.read_bytes(), values[k % len(values)]
         place = 144 + int.from_bytes(content[140:144], "little")  # after the meta header
         while (found := struct.unpack_from("<HHI", content, place))[:2] < tag:
             place += 8 + found[2]
         end = place + 8 + found[2] if found[:2] == tag else place
-        value += b" " * (len(value) % 2)
-        element = struct.pack("<HHI", *tag, len(value)) + value
+        element = b""
+        if value is not None:
+            value = value if isinstance(value, bytes) else value.encode()
+            value += b" " * (len(value) % 2)
+            element = struct.pack("<HHI", *tag, len(value)) + value
         path.write_bytes(content[:place] + element + content[end:])
     return folder
 
@@ -107,7 +112,7 @@ NOT_A_VOLUME = {
     "a missing slice": ({"places": [(0, 0, k) for k in (0, 1, 2, 4)]}, "expected equal steps"),
     "planes that turn": (
         {"places": [(0, 0, k) for k in range(2)], "directions": (AXIAL, (1, 0, 0, 0, 0, 1))},
-        "differ in size, voxels, direction",
+        "differ in direction or size of voxels",
     ),
     "a mosaic": (
         {"places": [(0, 0, 0)], "0008_0008": "ORIGINAL\\PRIMARY\\M\\MOSAIC"},
@@ -132,11 +137,26 @@ HEADERS = {
     "a size of 0": ((0x0028, 0x0030), ["0\\0"], "states no size of its pixels"),
     "no step": ((0x0018, 0x0088), ["0"], "states 0 mm between slices"),
     "one slice twice": ((0x0020, 0x0032), ["0\\0\\5"], "lie at one place"),
-    "two frames of reference": (
-        (0x0020, 0x0052),
-        ["1.2", "1.3"],
-        "differ in size, voxels, direction",
+    "two frames of reference": ((0x0020, 0x0052), ["1.2", "1.3"], "in frame of reference;"),
+    "two patients": ((0x0010, 0x0020), ["A", "A", "B"], "002.dcm and 000.dcm differ in patient;"),
+    "two patients' names": ((0x0010, 0x0010), ["A", "B"], "differ in the patient's name;"),
+    "two studies": ((0x0020, 0x000D), ["1.2", "1.3"], "001.dcm and 000.dcm differ in study;"),
+    "two modalities": ((0x0008, 0x0060), ["MR", "CT"], "differ in modality;"),
+    "some rescaled": ((0x0028, 0x1053), ["2", None], "differ in rescaling;"),
+    "a slope of 0": ((0x0028, 0x1053), ["0"], "rescaled by 0 (0028,1053)"),
+    "two slopes": ((0x0028, 0x1053), ["1\\2"], "rescaled by 1\\2 (0028,1053)"),
+    "a dose": ((0x3004, 0x000E), ["0.001"], "a dose, in units of (3004,000e)"),
+    "a dose of unit 1": ((0x3004, 0x000E), ["1"], "a dose, in units of (3004,000e)"),
+    "voxels in the highest bits": (
+        (0x0028, 0x0102),
+        [b"\x0e\0"],
+        "16 bits in 16, bit 14 the highest",
     ),
+    "12 bits in the highest": ((0x0028, 0x0101), [b"\x0c\0"], "12 bits in 16, bit 15 the highest"),
+    "packed bits": ((0x0028, 0x0100), [b"\x0c\0"], "16 bits in 12, bit 15 the highest"),
+    "a table": ((0x0028, 0x3000), [b"\xfe\xff\0\xe0\0\0\0\0"], "in a table (0028,3000)"),
+    "frames in groups": ((0x5200, 0x9230), [b"\xfe\xff\0\xe0\0\0\0\0"], "enhanced DICOM"),
+    "voxels cut": ((0x7FE0, 0x0010), [b"12" * 9], "not whole; expected 960 bytes, found 18"),
 }
 
 
@@ -145,6 +165,55 @@ def test_headers_that_contradict_a_volume_are_refused(tmp_path, kind):
     tag, values, message = HEADERS[kind]
     series = dicom(tmp_path / "series", [(0, 0, 2 * k) for k in range(3)])
     assert message in refusal(edit(series, tag, *values))
+
+
+def write_slice(path: Path, encoding: str, pixels, table: bool) -> None:
+    """A slice of 20 x 24 voxels with types of elements, which SimpleITK writes of compressed ones alone."""
+    order = ">" if encoding == "big-endian" else "<"
+
+    def element(tag, kind, value, order="<"):
+        if isinstance(value, int):
+            value = struct.pack(f"{order}H", value)
+        value += (b"\0" if kind == "UI" else b" ") * (len(value) % 2)
+        length = struct.pack(f"{order}xxI" if kind in ("OW", "SQ") else f"{order}H", len(value))
+        return struct.pack(f"{order}HH", *tag) + kind.encode() + length + value
+
+    elements = [
+        ((0x0008, 0x0016), "UI", b"1.2.840.10008.5.1.4.1.1.4"), ((0x0008, 0x0018), "UI", b"1.2"),
+        ((0x0018, 0x0050), "DS", b"2"), ((0x0020, 0x000E), "UI", b"1.2.3"),
+        ((0x0020, 0x0032), "DS", rb"0\0\0"), ((0x0020, 0x0037), "DS", rb"1\0\0\0\1\0"),
+        ((0x0028, 0x0002), "US", 1), ((0x0028, 0x0004), "CS", b"MONOCHROME2"),
+        ((0x0028, 0x0010), "US", 24), ((0x0028, 0x0011), "US", 20), ((0x0028, 0x0030), "DS", rb"1\1"),
+        ((0x0028, 0x0100), "US", 16), ((0x0028, 0x0101), "US", 16), ((0x0028, 0x0102), "US", 15),
+        ((0x0028, 0x0103), "US", 0),
+        *[((0x0028, 0x3000), "SQ", struct.pack(f"{order}HHI", 0xFFFE, 0xE000, 0))] * table,
+        ((0x7FE0, 0x0010), "OW", pixels.astype(f"{order}u2").tobytes()),
+    ]  # fmt: skip
+    body = b"".join(element(*each, order) for each in elements)
+    if encoding == "deflated":
+        packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+        body = packer.compress(body) + packer.flush()
+    syntax = {"explicit": b"1", "deflated": b"1.99", "big-endian": b"2"}[encoding]
+    meta = element((0x0002, 0x0010), "UI", b"1.2.840.10008.1.2." + syntax)
+    length = element((0x0002, 0x0000), "UL", struct.pack("<I", len(meta)))
+    path.write_bytes(bytes(128) + b"DICM" + length + meta + body)
+
+
+@pytest.mark.parametrize("encoding", ["explicit", "deflated", "big-endian"])
+@pytest.mark.parametrize("table", [True, False])
+def test_a_table_of_voxels_is_found_in_every_encoding(tmp_path, encoding, table):
+    pixels = np.arange(480)
+    write_slice(tmp_path / "a.dcm", encoding, pixels, table)
+    if table:
+        assert "a.dcm: voxels whose meaning stands in a table" in refusal(tmp_path)
+    else:
+        np.testing.assert_array_equal(scans.read(tmp_path).array[..., 0].T.ravel(), pixels)
+
+
+def test_a_fault_of_many_slices_is_one_line(tmp_path):
+    series = dicom(tmp_path / "series", [(0, 0, 2 * k) for k in range(8)])
+    said = refusal(edit(series, (0x0028, 0x0030), ""))
+    assert said.startswith(f"{series / '000.dcm'}, 001.dcm, 002.dcm, 003.dcm, 004.dcm and 3 more: ")
 
 
 def test_a_copy_of_a_slice_is_named(tmp_path):
@@ -198,7 +267,7 @@ def test_every_file_of_a_series_folder_is_accounted_for(tmp_path, caplog):
     dicom(series / "more", [(0, 0, 9)])
     said = refusal(series).splitlines()
     assert [line.partition(":")[0] for line in said] == [
-        str(series / "cut"), str(series / "report.dcm"), str(series)
+        f"{series / 'cut'}, report.dcm", str(series)
     ]  # fmt: skip
     assert "in the folders more" in said[-1]
 
@@ -220,6 +289,27 @@ def test_sizes_that_contradict_each_other_are_both_named(tmp_path, pixdim):
     assert f"states voxels of {said} mm, but its affine (sform or qform) has 1 x 1 x 1 mm" in (
         refusal(path)
     )
+
+
+ELSEWHERE = [({"vox_offset": 0}, b""), ({"dim": [3, 20, 24, 9, 1, 1, 1, 1]}, b""), ({}, b"more")]
+
+
+@pytest.mark.parametrize(("fields", "more"), ELSEWHERE)
+def test_voxels_elsewhere_than_the_header_says_are_refused(tmp_path, fields, more):
+    path = nifti(tmp_path / "a.nii", **fields)
+    path.write_bytes(path.read_bytes() + more)
+    assert "its voxels are not whole; expected" in refusal(path)
+
+
+MOVED = [({"qoffset_x": 20}, 20), ({"quatern_d": 1}, 59.7), ({"quatern_b": 0.001}, 0)]
+
+
+@pytest.mark.parametrize(("fields", "off"), MOVED)
+def test_a_qform_elsewhere_than_the_sform_is_told(tmp_path, caplog, fields, off):
+    path = nifti(tmp_path / "a.nii", sform_code=1, qform_code=1, **fields)
+    np.testing.assert_array_equal(scans.read(path).affine, np.eye(4))
+    told = re.findall(r"qform lies up to (\S+) mm off its sform", caplog.text)
+    assert told == ([f"{off:g}"] if off else [])
 
 
 @pytest.mark.parametrize(("unit", "size"), [(1, 0.0011), (2, 1.1), (3, 1100), (0, 1.1)])
@@ -298,21 +388,30 @@ def test_a_header_without_its_voxels_names_them(tmp_path, ending):
     assert refusal(path) == f"{path}: its voxels are in {voxels.name}, which is not there"
 
 
+REPLACED = {
+    "micrometres": {b"NDims": b"DistanceUnits = um\nNDims"},
+    "negative size": {b"ElementSpacing = 1 1 1": b"ElementSpacing = 1 1 -1"},
+    "no size": {b"ElementSpacing = 1 1 1\n": b""},
+    "text": {b"BinaryData = True": b"BinaryData = False"},
+    "scale": {b"DimSize": b"ElementToIntensityFunctionSlope = 2\nDimSize"},
+    "something before": {b"DimSize": b"HeaderSize = 4\nDimSize"},
+}
+
+
 def damaged_metaimage(path: Path, kind: str) -> Path:
     write(path, VOXELS, np.eye(4))
     content = path.read_bytes()
-    if kind in ("flipped bit", "cut"):
+    if kind in ("flipped bit", "cut", "no packed size"):
         sitk.WriteImage(sitk.ReadImage(str(path)), str(path), useCompression=True)
         content = path.read_bytes()
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :]
-        content = flipped if kind == "flipped bit" else content[:middle]
+        unsized = re.sub(rb"CompressedDataSize = \d+\n", b"", content)
+        content = {"flipped bit": flipped, "cut": content[:middle]}.get(kind, unsized)
     elif kind == "too long":
         content += b"more"
-    elif kind == "micrometres":
-        content = content.replace(b"NDims", b"DistanceUnits = um\nNDims", 1)
-    elif kind == "negative size":
-        content = content.replace(b"ElementSpacing = 1 1 1", b"ElementSpacing = 1 1 -1", 1)
+    for old, new in REPLACED.get(kind, {}).items():
+        content = content.replace(old, new, 1)
     path.write_bytes(content)
     return path
 
@@ -325,10 +424,55 @@ def damaged_metaimage(path: Path, kind: str) -> Path:
         ("too long", "its voxels are not whole; expected 23040, found 23044"),
         ("micrometres", "lengths in um; expected mm"),
         ("negative size", "states voxels of 1 1 -1 mm"),
+        ("no size", "states no voxel sizes"),
+        ("no packed size", "has no CompressedDataSize, which ITK misreads"),
+        ("text", "has voxels as text, which ITK misreads"),
+        ("scale", "has a function of intensities, which ITK misreads"),
+        ("something before", "has a HeaderSize, and voxels in the same file"),
     ],
 )
 def test_metaimage_that_itk_would_read_without_a_word(tmp_path, kind, message):
     assert message in refusal(damaged_metaimage(tmp_path / "a.mha", kind))
+
+
+@pytest.mark.parametrize("cut", [0, 2])
+@pytest.mark.parametrize("name", ["a %d.raw", "b%d.raw"])
+def test_metaimage_in_many_files_is_whole_or_names_the_one_that_is_not(tmp_path, name, cut):
+    names = [name % k for k in range(12)]
+    write(tmp_path / "a.mhd", VOXELS, np.eye(4))
+    header, _, _ = (tmp_path / "a.mhd").read_text().partition("a.raw")
+    files = f"{name} 0 11 1" if name[0] == "b" else "\n".join(["LIST", *names])
+    (tmp_path / "a.mhd").write_text(header + files)
+    for k, file in enumerate(names):
+        content = VOXELS[..., k].tobytes(order="F")
+        (tmp_path / file).write_bytes(content[: len(content) - cut * (k == 7)])
+    if cut:
+        said = f"its voxels in {names[7]} are not whole; expected 1920, found 1918"
+        assert said in refusal(tmp_path / "a.mhd")
+    else:
+        np.testing.assert_array_equal(scans.read(tmp_path / "a.mhd").array, VOXELS)
+
+
+@pytest.mark.parametrize("stated", ["", "spacings: nan nan nan\n", "thicknesses: 1 1 1\n"])
+def test_nrrd_without_sizes_of_voxels_is_refused(tmp_path, stated):
+    bare = f"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\n{stated}encoding: raw\n\n"
+    (tmp_path / "a.nrrd").write_bytes(bare.encode() + bytes(8))
+    assert "states no voxel sizes" in refusal(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize("space", ["scanner-xyz", "3D-left-handed", "3D-right-handed"])
+def test_nrrd_of_a_space_without_anatomy_is_told(tmp_path, caplog, space):
+    path = write(tmp_path / "a.nrrd", VOXELS, np.eye(4))
+    path.write_bytes(path.read_bytes().replace(b"left-posterior-superior", space.encode(), 1))
+    scans.read(path)
+    assert "left and right may be exchanged" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.", b"<!DOCTYPE html>", b"BZh9"])
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.mha"])
+def test_what_is_no_scan_is_told_by_how_it_begins(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert f"begins with {content!r}, as " in refusal(tmp_path / name)
 
 
 def test_nrrd_in_micrometres_is_refused_and_one_without_space_is_told(tmp_path, caplog):
