@@ -12,7 +12,6 @@ import struct
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -257,8 +256,9 @@ def _check_voxels(path: Path, about: dict[str, str], content: bytes) -> None:
             f"{path}: voxels of {stored} bits in {allocated}, bit {highest} the highest (0028,0100 to 0102);"
             " expected 8, 16 or 32, and the lowest of them"
         )
-    expected = prod(int(about[tag]) for tag in ("0028|0010", "0028|0011", "0028|0002"))
-    expected *= allocated // 8
+    if about["0028|0002"] != "1":
+        raise DataError(f"{path}: expected one number a voxel, got {about['0028|0002']}")
+    expected = int(about["0028|0010"]) * int(about["0028|0011"]) * allocated // 8
     lengths = [n for _, n, start in _elements(content, PIXELS) if start + n <= len(content)]
     compressed = any(n == UNDEFINED for _, n, _ in _elements(content, PIXELS))
     if not compressed and max(lengths, default=0) < expected:
