@@ -434,6 +434,7 @@ def _check_metaimage(path: Path, header: str) -> None:
         "voxels as text": stated["BinaryData"][:1] in ("F", "f", "0"),
         "a function of intensities": (slope, offset) != (1, 0),
         "a HeaderSize, and voxels in the same file": local and skipped > 0,
+        "a list of files without a new line at its end": name == "LIST" and header[-1:] != "\n",
         "no CompressedDataSize": local and compressed and stated["CompressedDataSize"] in ("", "0"),
     }
     for what, there in misread.items():

@@ -441,7 +441,7 @@ def test_metaimage_in_many_files_is_whole_or_names_the_one_that_is_not(tmp_path,
     names = [name % k for k in range(12)]
     write(tmp_path / "a.mhd", VOXELS, np.eye(4))
     header, _, _ = (tmp_path / "a.mhd").read_text().partition("a.raw")
-    files = f"{name} 0 11 1" if name[0] == "b" else "\n".join(["LIST", *names])
+    files = f"{name} 0 11 1" if name[0] == "b" else "\n".join(["LIST", *names, ""])
     (tmp_path / "a.mhd").write_text(header + files)
     for k, file in enumerate(names):
         content = VOXELS[..., k].tobytes(order="F")
@@ -451,6 +451,13 @@ def test_metaimage_in_many_files_is_whole_or_names_the_one_that_is_not(tmp_path,
         assert said in refusal(tmp_path / "a.mhd")
     else:
         np.testing.assert_array_equal(scans.read(tmp_path / "a.mhd").array, VOXELS)
+
+
+def test_a_list_of_metaimage_s_files_ends_with_a_new_line(tmp_path):
+    """Without it ITK leaves the last file out: its voxels are whatever memory held."""
+    path = write(tmp_path / "a.mhd", VOXELS, np.eye(4))
+    path.write_text(path.read_text().partition("a.raw")[0] + "LIST\na.raw")
+    assert "a list of files without a new line at its end" in refusal(path)
 
 
 @pytest.mark.parametrize("stated", ["", "spacings: nan nan nan\n", "thicknesses: 1 1 1\n"])
