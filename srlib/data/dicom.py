@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,12 +205,18 @@ def _slice(path: Path) -> Slice:
         raise DataError(f"{path}: a dose, in units of (3004,000e); expected slices of a scan")
     if reader.GetDimension() > 2 and reader.GetSize()[2:] != (1,):
         raise DataError(f"{path}: multi-frame DICOM{CONVERT}")
-    content = _content(path)
-    if any(_holds(content, tag) for tag in GROUPS):
+    size = [int(about[tag]) for tag in ("0028|0010", "0028|0011", "0028|0002", "0028|0100")]
+    expected = prod(size) // 8
+    header, found = _header(path, expected)
+    if any(_holds(header, tag) for tag in GROUPS):
         raise DataError(f"{path}: enhanced DICOM{CONVERT}")
     if "MOSAIC" in about["0008|0008"].upper():
         raise DataError(f"{path}: a mosaic of slices{CONVERT}")
-    _check_voxels(path, about, content)
+    _check_voxels(path, about, header)
+    if found < expected:
+        raise DataError(
+            f"{path}: its voxels are not whole; expected {expected} bytes, found {found}"
+        )
     place, directions = (_numbers(about[tag]) for tag in ("0020|0032", "0020|0037"))
     if len(place) != 3 or len(directions) != 6:
         raise DataError(
@@ -237,11 +244,11 @@ def _slice(path: Path) -> Slice:
     return Slice(path, series, place, steps, abs(thickness), alike, uid)
 
 
-def _check_voxels(path: Path, about: dict[str, str], content: bytes) -> None:
-    """`DataError` for voxels that GDCM would read as others, or fill with whatever memory held."""
+def _check_voxels(path: Path, about: dict[str, str], header: bytes) -> None:
+    """`DataError` for voxels that GDCM would read as others."""
     if about["0028|0004"] == "MONOCHROME1":  # how to show them; GDCM inverts the voxels themselves
         raise DataError(f"{path}: voxels that are shown inverted, MONOCHROME1{CONVERT}")
-    if _holds(content, TABLE):
+    if _holds(header, TABLE):
         raise DataError(
             f"{path}: voxels whose meaning stands in a table (0028,3000); apply it first"
         )
@@ -258,23 +265,26 @@ def _check_voxels(path: Path, about: dict[str, str], content: bytes) -> None:
         )
     if about["0028|0002"] != "1":
         raise DataError(f"{path}: expected one number a voxel, got {about['0028|0002']}")
-    expected = int(about["0028|0010"]) * int(about["0028|0011"]) * allocated // 8
-    lengths = [n for _, n, start in _elements(content, PIXELS) if start + n <= len(content)]
-    compressed = any(n == UNDEFINED for _, n, _ in _elements(content, PIXELS))
-    if not compressed and max(lengths, default=0) < expected:
-        raise DataError(
-            f"{path}: its voxels are not whole; expected {expected} bytes, found {max(lengths, default=0)}"
-        )
 
 
-def _content(path: Path) -> bytes:
-    """Bytes of a file, unpacked where all of it is."""
+def _header(path: Path, expected: int) -> tuple[bytes, int]:
+    """Bytes of a file without its voxels, which are kept where they are compressed, and how many those are.
+
+    GDCM fills voxels that end before they are the `expected` bytes with whatever memory held; of compressed ones it
+    tells most damage itself.
+    """
     content = path.read_bytes()
-    if DEFLATED not in content[:1024]:
-        return content
-    return zlib.decompress(
-        content[144 + int.from_bytes(content[140:144], "little") :], -zlib.MAX_WBITS
-    )
+    if DEFLATED in content[:1024]:  # all after the meta header
+        start = 144 + int.from_bytes(content[140:144], "little")
+        content = zlib.decompress(content[start:], -zlib.MAX_WBITS)
+    found = 0
+    for _, length, start in _elements(content, PIXELS):
+        if length == UNDEFINED:
+            return content, expected
+        if expected <= length <= len(content) - start:
+            return content[:start], length
+        found = max(found, length * (length <= len(content) - start))
+    return content, found
 
 
 def _elements(content: bytes, tag: tuple[int, int]) -> Iterator[tuple[str, int, int]]:
