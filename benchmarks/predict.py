@@ -1,9 +1,10 @@
-"""Memory of segmenting a large CT, and of training on and segmenting ever more cases, each in a fresh process.
+"""Memory of segmenting a large CT, of training on and segmenting ever more cases, and of ONNX; each in a fresh process.
 
     python benchmarks/predict.py ct       # results/reference/cpu/predict_memory.csv; some ten minutes
     python benchmarks/predict.py cases    # results/reference/cpu/cases_memory.csv; some ten minutes
+    python benchmarks/predict.py onnx     # results/reference/cpu/onnx.csv; some five minutes
 
-With `--quick` both take small scans and few cases, and nothing is stored.
+With `--quick` they take small scans, few cases and one form, and nothing is stored.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from typing import Annotated, NamedTuple
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import torch
 import typer
 from scipy.ndimage import gaussian_filter
 
 from srlib import data, machine
+from srlib.export import onnx as exported
 from srlib.files import REFERENCE
-from srlib.run import runs, train
+from srlib.run import predict, runs, train
 from srlib.run.train import Trained, save_trained
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
@@ -173,6 +176,91 @@ def make_folder(folder: Path, number: int) -> Path:
             link = folder / name / f"case{case:04d}.nii.gz"
             link.symlink_to(folder / f"{name}-{case % 4}.nii.gz")
     return folder
+
+
+# --- onnxruntime against torch --------------------------------------------------------------------
+
+DATASET, REPEATS = "hippocampus", 7
+# Children that print the least of the processor's seconds that a window takes, and the most KiB that were resident; the
+# second does without torch. Linux counts to a child's `ru_maxrss` what its parent had, so that is not asked for.
+TORCH = """
+import sys, time, numpy, torch
+from pathlib import Path
+from srlib.run.predict import load
+x = torch.from_numpy(numpy.load(sys.argv[2]))
+network = load(Path(sys.argv[1])).model.cpu()
+def run():
+    with torch.inference_mode():
+        network(x)
+"""
+ONNX = """
+import os, sys, time, numpy, onnxruntime
+x = numpy.load(sys.argv[2])
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+def run():
+    session.run(None, {"image": x})
+"""
+TIMED = f"""
+found = []
+for _ in range({REPEATS}):
+    start = time.process_time()
+    run()
+    found.append(time.process_time() - start)
+(peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(min(found), peak)
+"""
+
+
+@app.command()
+def onnx(quick: Quick = False) -> None:
+    """Logits of one hippocampus case (a window) and of 96 x 96 x 96 voxels, by torch and in the forms of ONNX.
+
+    Columns: `engine`; `states`: of all segments of a scan together (`srlib.export.onnx.ELEMENTS`), 1 for ONNX's Scan
+    over the tokens; `window`; `cpu_seconds`: of the processor with one thread, the least of seven; `peak_gib`: of the
+    process, of onnxruntime without torch; `largest_error`: of the logits against torch's.
+    """
+    network = predict.provided(DATASET)
+    segmenter = predict.load(network)
+    case = data.open(DATASET).load(train.load_trained(network).split.test[0])["image"][None]
+    margins = [
+        n
+        for have, want in zip(case.shape[:1:-1], segmenter.patch_size[::-1], strict=True)
+        for n in (0, want - have)
+    ]
+    windows = {"case": torch.nn.functional.pad(case, margins)}
+    if not quick:
+        windows["cube"] = torch.randn(1, 1, *CUBE, generator=torch.Generator().manual_seed(0))
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        for states in (
+            (None, exported.ELEMENTS) if quick else (None, 1, *(4**k for k in range(6, 11)))
+        ):
+            file = network if states is None else Path(place, "model.onnx")
+            if states is not None:
+                exported.program(segmenter.model, states).save(file, external_data=False)
+            for name, window in windows.items():
+                np.save(Path(place, name), window.numpy())
+                with torch.inference_mode():
+                    expected = segmenter.model(window)
+                    found = expected if states is None else exported.Session(file)(window)
+                code = (TORCH if states is None else ONNX) + TIMED
+                command = [sys.executable, "-c", code, str(file), f"{place}/{name}.npy"]
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+                seconds, kib = map(float, done.stdout.split())
+                row = {"engine": "torch" if states is None else "onnxruntime", "states": states}
+                row |= {
+                    "window": times(window.shape[2:]),
+                    "cpu_seconds": seconds,
+                    "peak_gib": kib / 2**20,
+                }
+                rows.append(row | {"largest_error": float((found - expected).abs().max())})
+                print(rows[-1], flush=True)
+    if not quick:
+        table = pd.DataFrame(rows).astype({"states": "Int64"})
+        machine.write_table(table, REFERENCE / "cpu" / "onnx.csv")
 
 
 if __name__ == "__main__":

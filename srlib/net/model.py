@@ -412,12 +412,12 @@ class SegResMamba(nn.Module):
         return self.decode(self.encode(x), x.shape[2:])
 
     def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 5 or not len(x) or x.shape[1] != self.in_channels:
+        if x.dim() != 5 or x.shape[0] < 1 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"input must have rank 5 (B, C, D, H, W) with B > 0 and C = in_channels = {self.in_channels}, "
                 f"got rank {x.dim()} with shape {tuple(x.shape)}"
             )
-        if prod(-(-n // MINIMUM_DIVISOR) for n in x.shape[2:]) < 2:
+        if prod([-(-n // MINIMUM_DIVISOR) for n in x.shape[2:]]) < 2:  # a list, for torch.compile
             raise ValueError(
                 f"input size {tuple(x.shape[2:])} is below the minimum: at least one axis must have "
                 f"{MINIMUM_DIVISOR + 1} voxels or more"
