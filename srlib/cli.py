@@ -485,3 +485,28 @@ def export(
     file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
     import_module(f"srlib.export.{kind}").write(file, target)
     typer.echo(target)
+
+
+@app.command(epilog="Example: nnunet hippocampus --fold 1 --epochs 100")
+def nnunet(
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET", help="nnU-Net's, as 4; or a name in the catalogue or a folder."
+        ),
+    ],
+    fold: Annotated[list[int] | None, typer.Option(help="Held out; may be repeated.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = 100,
+    iterations: Annotated[int, typer.Option(min=1, help="Of an epoch.")] = 250,
+    size: Annotated[str, typer.Option(help="Of SegResMamba: tiny, small or paper.")] = "paper",
+) -> None:
+    """Train nnU-Net's own network and SegResMamba with and without Mamba in nnU-Net, and compare.
+
+    One that was interrupted goes on after its last epoch; none is trained twice. docs/nnunet.md says more.
+    """
+    from srlib.export import nnunet
+    from srlib.study import statistics
+
+    table = nnunet.compare(dataset, fold or [0], epochs, iterations, size)
+    for row in table.to_dict("records"):
+        typer.echo(statistics.in_words(row))

@@ -83,13 +83,13 @@ def canonical(entry: str) -> tuple[str, str]:
 
 def test_each_dependency_says_what_needs_it():
     text = (ROOT / "pyproject.toml").read_text()
-    for name in requirements("dev", "gpu", "measure", "dask", "slurm", "export"):
+    for name in requirements("dev", "gpu", "measure", "dask", "slurm", "export", "nnunet"):
         (line,) = (row for row in text.splitlines() if f'"{name}>=' in row)
         assert re.search(r"# \w.{15,}", line), line
 
 
 def test_srlib_imports_only_what_is_declared():
-    declared = set(requirements("gpu", "measure", "dask", "slurm", "export")) | {
+    declared = set(requirements("gpu", "measure", "dask", "slurm", "export", "nnunet")) | {
         "triton"
     }  # comes with torch where it can run
     owners = packages_distributions()

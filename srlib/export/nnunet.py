@@ -1,0 +1,197 @@
+"""nnU-Net's own trainer beside SegResMamba's, on one data set: does it pay to have Mamba layers there?
+
+The trainings are nnU-Net's (nnunetv2), one after the other, each by its recipe (`nnunet_trainers`). Each is done once:
+what was interrupted, also by `kill -9`, goes on after its last epoch. Their masks of the held-out cases are scored by
+nnU-Net, and compared case by case by `srlib.study.statistics`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+
+from srlib import data, tables
+from srlib.data import labels, scans
+from srlib.data.cases import FOLDS
+from srlib.data.catalog import MEAN
+from srlib.files import DataError, atomic_folder, atomic_path, locked, read_json, results_root, slug
+from srlib.machine import device
+from srlib.study import statistics
+
+TRAINERS = Path(__file__).with_name("nnunet_trainers")
+SYSTEMS = {
+    "nnU-Net": "nnUNetTrainerOwn",
+    "SegResMamba": "nnUNetTrainerSegResMamba",
+    "no ToM": "nnUNetTrainerSegResMambaNoToM",
+    "convolution for ToM": "nnUNetTrainerSegResMambaConvForToM",
+}
+REFERENCE = "SegResMamba"
+CONFIGURATION, PLANS = "3d_fullres", "nnUNetPlans"
+Splits = list[dict[str, tuple[str, ...]]]  # as nnU-Net's splits_final.json
+ITERATIONS = 250  # of an epoch, as nnU-Net's
+
+
+def compare(
+    dataset: str,
+    folds: Sequence[int],
+    epochs: int,
+    iterations: int = ITERATIONS,
+    size: str = "paper",
+) -> pd.DataFrame:
+    """Train what is not trained yet, and compare.
+
+    Args:
+        dataset: number or name of one of nnU-Net's data sets; or a name in srlib's catalogue or a folder of scans,
+            which is made one of nnU-Net's, with srlib's folds.
+        folds: that are held out, one training each.
+        epochs: of each training.
+        iterations: of an epoch.
+        size: of SegResMamba, a name in `srlib.net.model.FEATURES`.
+
+    Returns:
+        The table of `srlib.study.statistics.compare`: each system minus SegResMamba in Dice, the mean of the
+        classes. It and the table of cases are written to the data set's folder of nnU-Net's results.
+
+    Raises:
+        ModuleNotFoundError: nnunetv2 is not installed.
+        srlib.files.DataError: there is no such data set, or it has overlapping regions.
+    """
+    name = prepare(dataset)
+    budget = f"_{epochs}epochs" + (f"_{iterations}iterations" if iterations != ITERATIONS else "")
+    endings = {own: ("" if own == "nnU-Net" or size == "paper" else f"_{size}") for own in SYSTEMS}
+    results = place("results") / name
+    rows: list[dict[str, Any]] = []
+    with locked(results):
+        for fold in folds:
+            for system, trainer in SYSTEMS.items():
+                full = f"{trainer}{endings[system]}{budget}"
+                train(name, full, fold)
+                about = {"system": system, "fold": fold, "seed": 0}
+                about |= {"steps": epochs * iterations, "minutes": math.nan}
+                found = scores(results / f"{full}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}")
+                rows += [about | row for row in found]
+    cases = pd.DataFrame(rows)
+    tables.write(cases, results / f"cases{budget}.csv")
+    table = statistics.compare(cases, REFERENCE, ["dice"], [MEAN])
+    tables.write(table, results / f"comparison{budget}.csv")
+    return table
+
+
+def place(kind: str) -> Path:
+    """The folder `nnUNet_raw`, `_preprocessed` or `_results`: the variable's, or one in srlib's results."""
+    variable = f"nnUNet_{kind}"
+    return Path(os.environ.setdefault(variable, str(results_root() / "nnunet" / kind)))
+
+
+def prepare(dataset: str) -> str:
+    """Make a data set ready for training: raw files, plans and preprocessed cases of nnU-Net; return its name."""
+    for kind in ("raw", "preprocessed", "results"):
+        place(kind).mkdir(parents=True, exist_ok=True)
+    os.environ.update(nnUNet_extTrainer=str(TRAINERS))
+    from nnunetv2.experiment_planning import plan_and_preprocess_api as api
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    splits: Splits = []
+    if re.fullmatch(r"\d+|Dataset\d{3}_.*", dataset):
+        name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
+    else:
+        name, splits = convert(dataset)
+    number, folder = int(name[7:10]), place("preprocessed") / name
+    about = read_json(place("raw") / name / "dataset.json", "nnU-Net's data set", labels=dict)
+    if not all(isinstance(value, int) for value in about["labels"].values()):
+        raise DataError(f"{dataset}: its classes overlap; expected classes that exclude each other")
+    ready = folder / f"ready-{CONFIGURATION}"
+    if not ready.is_file():
+        processes = min(8, os.cpu_count() or 1)
+        api.extract_fingerprints([number], num_processes=processes)
+        api.plan_experiments([number])
+        api.preprocess([number], configurations=(CONFIGURATION,), num_processes=(processes,))
+        if splits:
+            with atomic_path(folder / "splits_final.json") as temporary:
+                temporary.write_text(json.dumps(splits))
+        with atomic_path(ready):
+            pass
+    return name
+
+
+def convert(dataset: str) -> tuple[str, Splits]:
+    """Write a data set of srlib's as one of nnU-Net's, once.
+
+    Returns:
+        Its name, and srlib's folds in the form of nnU-Net's `splits_final.json`.
+    """
+    path = Path(dataset)
+    opened = data.open(str(path.resolve()) if path.is_dir() else dataset)
+    entry = opened.entry
+    if entry.regions:
+        raise DataError(f"{dataset}: its classes overlap; expected classes that exclude each other")
+    title = slug(entry.name).replace("_", "-")
+    name = f"Dataset{500 + zlib.crc32(entry.name.encode()) % 500}_{title}"
+    ids = [case.id for case in opened.cases]
+    folds = range(min(FOLDS, len(ids)))
+    splits = [{"train": s.train, "val": s.test} for s in map(opened.split, folds)]
+    folder = place("raw") / name
+    if folder.is_dir():
+        return name, splits
+    with atomic_folder(folder) as made:
+        for part in ("imagesTr", "labelsTr"):
+            (made / part).mkdir()
+        for case in opened.cases:
+            channels, label = scans.read_case(case.images, case.label, entry.in_channels)
+            for number, scan in enumerate(channels):
+                file = made / "imagesTr" / f"{case.id}_{number:04d}.nii.gz"
+                nib.save(nib.Nifti1Image(scan.array, scan.affine), file)
+            encoded = nib.Nifti1Image(labels.encode(label.array, entry), label.affine)
+            nib.save(encoded, made / "labelsTr" / f"{case.id}.nii.gz")
+        classes = {name: number for number, name in enumerate(("background", *entry.classes))}
+        about = {"channel_names": dict(enumerate(entry.modalities)), "labels": classes}
+        about |= {"numTraining": len(ids), "file_ending": ".nii.gz"}
+        (made / "dataset.json").write_text(json.dumps(about, indent=1))
+    return name, splits
+
+
+def train(name: str, trainer: str, fold: int) -> None:
+    """Train one fold, or go on with it, or only score it; nothing where that was done."""
+    from nnunetv2.run.run_training import run_training
+
+    folder = place("results") / name / f"{trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}"
+    if (folder / "validation" / "summary.json").is_file():
+        return
+    trained = (folder / "checkpoint_final.pth").is_file()
+    begun = any(folder.glob("checkpoint_*.pth"))
+    run_training(
+        name,
+        CONFIGURATION,
+        fold,
+        trainer,
+        PLANS,
+        continue_training=begun and not trained,
+        only_run_validation=trained,
+        device=torch.device(device().type),
+    )
+
+
+def scores(fold: Path) -> Iterator[dict[str, Any]]:
+    """Dice of each held-out case and class, from what nnU-Net wrote; 1 where neither mask has the class."""
+    about = json.loads((fold.parent / "dataset.json").read_text())
+    names = {str(number): name for name, number in about["labels"].items()}
+    for case in json.loads((fold / "validation" / "summary.json").read_text())["metric_per_case"]:
+        for label, found in case["metrics"].items():
+            dice = 1.0 if np.isnan(found["Dice"]) else found["Dice"]
+            file = Path(case["prediction_file"]).name
+            yield {
+                "case": file.removesuffix(about["file_ending"]),
+                "class": names[label],
+                "dice": dice,
+            }

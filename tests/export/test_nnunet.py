@@ -1,0 +1,158 @@
+"""SegResMamba in nnU-Net: the data set it is given, its trainings, killed and resumed, and the comparison."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from srlib import data
+from srlib.export import nnunet
+from srlib.files import ROOT
+
+CASES = 6
+BUDGET = "_3epochs_2iterations"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of scans: hippocampus cases, or boxes in noise where those are not here."""
+    for kind in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{kind}", str(tmp_path / kind))
+    monkeypatch.setenv("nnUNet_extTrainer", str(nnunet.TRAINERS))
+    for name in ("CACHE", "RESULTS"):
+        monkeypatch.setenv(f"SRLIB_{name}", str(tmp_path / name.lower()))
+    scans = tmp_path / "scans"
+    for part in ("images", "labels"):
+        (scans / part).mkdir(parents=True)
+    if "hippocampus" in data.catalog.present():
+        source = data.catalog.find(data.get("hippocampus"))
+        for image in sorted((source / "imagesTr").glob("hippo*.nii.gz"))[:CASES]:
+            (scans / "images" / image.name).symlink_to(image)
+            (scans / "labels" / image.name).symlink_to(source / "labelsTr" / image.name)
+        return scans
+    for number in range(CASES):
+        image = np.random.default_rng(number).normal(0, 0.1, (36, 50, 34)).astype(np.float32)
+        label = np.zeros(image.shape, np.uint8)
+        label[8:20, 10 + number : 30, 9:22], label[20:27, 10:30, 9:22] = 1, 2
+        for part, array in (("images", image + label), ("labels", label)):
+            nib.save(nib.Nifti1Image(array, np.eye(4)), scans / part / f"case{number}.nii.gz")
+    return scans
+
+
+def test_a_folder_becomes_a_data_set_with_the_same_folds(folder):
+    name, splits = nnunet.convert(str(folder))
+    raw, opened = nnunet.place("raw") / name, data.open(str(folder))
+    about = json.loads((raw / "dataset.json").read_text())
+    assert about["labels"] == {"background": 0, "label 1": 1, "label 2": 2}
+    assert about["numTraining"] == CASES == len(list((raw / "imagesTr").iterdir()))
+    assert [split["val"] for split in splits] == [opened.split(k).test for k in range(5)]
+    assert sorted(case for split in splits for case in split["val"]) == sorted(
+        case.id for case in opened.cases
+    )
+    for case in opened.cases:
+        for part, ending, path in (("images", "_0000", case.images[0]), ("labels", "", case.label)):
+            written = nib.load(raw / f"{part}Tr" / f"{case.id}{ending}.nii.gz")
+            assert np.array_equal(written.get_fdata(), nib.load(path).get_fdata())
+            np.testing.assert_allclose(written.affine, nib.load(path).affine, atol=1e-6)
+    assert nnunet.convert(str(folder))[0] == name  # a second time nothing is written
+
+
+def test_scores_are_nnunet_s_and_1_where_a_class_is_in_neither_mask(tmp_path):
+    about = {"labels": {"background": 0, "left": 1, "right": 2}, "file_ending": ".nii.gz"}
+    metrics = {"1": {"Dice": 0.5}, "2": {"Dice": float("nan")}}
+    cases = [{"prediction_file": "x/a.nii.gz", "metrics": metrics}]
+    (tmp_path / "fold_0" / "validation").mkdir(parents=True)
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    summary = tmp_path / "fold_0" / "validation" / "summary.json"
+    summary.write_text(json.dumps({"metric_per_case": cases}))
+    found = pd.DataFrame(nnunet.scores(tmp_path / "fold_0")).to_dict("list")
+    assert found == {"case": ["a", "a"], "class": ["left", "right"], "dice": [0.5, 1.0]}
+
+
+def test_trainers_are_found_by_name_with_size_and_budget():
+    find = pytest.importorskip("nnunetv2.utilities.find_objects")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_extTrainer", str(nnunet.TRAINERS))
+        for name, tom, size in (
+            ("nnUNetTrainerSegResMamba", "both", "paper"),
+            ("nnUNetTrainerSegResMambaNoToM_small", "none", "small"),
+            ("nnUNetTrainerSegResMambaConvForToM_tiny_7epochs_3iterations", "conv", "tiny"),
+        ):
+            trainer = find.recursive_find_trainer_class_by_name(name)
+            assert (trainer.__name__, trainer.tom, trainer.size) == (name, tom, size)
+        assert trainer.budget == ("7", "3")
+        for name in ("nnUNetTrainerSegResMamba_huge", "nnUNetTrainerOwn_tiny", "nnUNetTrainerElse"):
+            with pytest.raises(RuntimeError, match=name):
+                find.recursive_find_trainer_class_by_name(name)
+
+
+@pytest.mark.parametrize("change", [{"labels": {"background": 0, "both": [1, 2]}}, {"labels": 3}])
+def test_a_data_set_that_cannot_be_compared_is_refused_before_it_is_trained(folder, change):
+    pytest.importorskip("nnunetv2")
+    raw = nnunet.place("raw") / "Dataset007_Regions"
+    raw.mkdir(parents=True)
+    (raw / "dataset.json").write_text(json.dumps(change))
+    with pytest.raises(ValueError, match=r"overlap|dataset\.json: expected"):
+        nnunet.prepare("7")
+
+
+@pytest.mark.slow
+def test_trainings_that_are_killed_go_on_and_are_compared(folder, tmp_path):
+    """One fold of all four, a network of ours killed after an epoch; then masks of a new scan by nnU-Net."""
+    pytest.importorskip("nnunetv2")
+    budget = ["--fold", "0", "--epochs", "3", "--iterations", "2", "--size", "tiny"]
+    command = [sys.executable, "-m", "srlib", "nnunet", str(folder), *budget]
+    processes = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | processes
+    results = nnunet.place("results")
+    ours = f"*/nnUNetTrainerSegResMamba_tiny{BUDGET}__*/fold_0"
+
+    first = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    until = time.monotonic() + 400
+    while not list(results.glob(f"{ours}/checkpoint_latest.pth")):
+        assert first.poll() is None, "ended before it was killed"
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    (fold,) = results.glob(ours)
+    assert not (fold / "validation" / "summary.json").is_file()
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout.splitlines()[-3:]
+    for system in ("nnU-Net", "no ToM", "convolution for ToM"):
+        assert any(line.startswith(f"{system} minus SegResMamba, dice, mean") for line in said)
+    logs = sorted(fold.glob("training_log_*.txt"), key=lambda log: log.stat().st_mtime_ns)
+    assert len(logs) == 2
+    assert "Epoch 0 " in logs[0].read_text()
+    assert "Epoch 0 " not in logs[1].read_text()  # it went on
+    assert "Epoch 2 " in logs[1].read_text()
+    (own,) = results.glob(f"*/nnUNetTrainerOwn{BUDGET}__*/fold_0")
+    assert len(list(own.glob("training_log_*.txt"))) == 1  # it was done before, and not again
+
+    cases = pd.read_csv(next(results.glob(f"*/cases{BUDGET}.csv")), comment="#")
+    held_out = data.open(str(folder)).split(0).test
+    assert cases.groupby("system")["case"].unique().map(set).map(set(held_out).__eq__).all()
+    assert cases["dice"].between(0, 1).all()
+
+    predict = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as p; p()"
+    new, masks = tmp_path / "new", tmp_path / "masks"
+    new.mkdir()
+    scan = next((folder / "images").iterdir())
+    (new / "scan_0000.nii.gz").symlink_to(scan)
+    where = ["-i", str(new), "-o", str(masks), "-m", str(fold.parent), "-f", "0", "-device", "cpu"]
+    options = ["--disable_tta", "-npp", "1", "-nps", "1"]
+    command = [sys.executable, "-c", predict, *where, *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert nib.load(masks / "scan.nii.gz").shape == nib.load(scan).shape
