@@ -25,7 +25,7 @@ from srlib import data, tables
 from srlib.data import labels, scans
 from srlib.data.cases import FOLDS
 from srlib.data.catalog import MEAN
-from srlib.files import DataError, atomic_folder, atomic_path, locked, read_json, results_root, slug
+from srlib.files import DataError, atomic_folder, atomic_path, locked, results_root, slug
 from srlib.machine import device
 from srlib.study import statistics
 
@@ -108,7 +108,7 @@ def prepare(dataset: str) -> str:
     else:
         name, splits = convert(dataset)
     number, folder = int(name[7:10]), place("preprocessed") / name
-    about = read_json(place("raw") / name / "dataset.json", "nnU-Net's data set", labels=dict)
+    about = json.loads((place("raw") / name / "dataset.json").read_text())
     if not all(isinstance(value, int) for value in about["labels"].values()):
         raise DataError(f"{dataset}: its classes overlap; expected classes that exclude each other")
     ready = folder / f"ready-{CONFIGURATION}"

@@ -93,13 +93,12 @@ def test_trainers_are_found_by_name_with_size_and_budget():
                 find.recursive_find_trainer_class_by_name(name)
 
 
-@pytest.mark.parametrize("change", [{"labels": {"background": 0, "both": [1, 2]}}, {"labels": 3}])
-def test_a_data_set_that_cannot_be_compared_is_refused_before_it_is_trained(folder, change):
+def test_regions_are_refused_before_anything_is_trained(folder):
     pytest.importorskip("nnunetv2")
     raw = nnunet.place("raw") / "Dataset007_Regions"
     raw.mkdir(parents=True)
-    (raw / "dataset.json").write_text(json.dumps(change))
-    with pytest.raises(ValueError, match=r"overlap|dataset\.json: expected"):
+    (raw / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "both": [1, 2]}}))
+    with pytest.raises(ValueError, match="its classes overlap"):
         nnunet.prepare("7")
 
 
