@@ -13,6 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from srlib.data.cases import FOLDS
 from srlib.data.catalog import MEAN
 from srlib.files import DataError, atomic_folder, atomic_path, locked, results_root, slug
 from srlib.machine import device
+from srlib.net.model import FEATURES
 from srlib.study import statistics
 
 TRAINERS = Path(__file__).with_name("nnunet_trainers")
@@ -64,10 +66,19 @@ def compare(
         classes. It and the table of cases are written to the data set's folder of nnU-Net's results.
 
     Raises:
-        ModuleNotFoundError: nnunetv2 is not installed.
-        srlib.files.DataError: there is no such data set, or it has overlapping regions.
+        ImportError: nnunetv2 is not installed.
+        ValueError: an unknown size, or a fold that the data set does not have.
+        srlib.files.DataError: there is no such data set, or its classes overlap.
     """
+    if size not in FEATURES:
+        raise ValueError(f"size {size!r} is not one of {', '.join(FEATURES)}")
+    if find_spec("nnunetv2") is None:
+        raise ImportError('nnU-Net needs the extra "nnunet": pip install -e ".[nnunet]"')
     name = prepare(dataset)
+    splits = place("preprocessed") / name / "splits_final.json"  # nnU-Net makes five without
+    number = len(json.loads(splits.read_text())) if splits.is_file() else FOLDS
+    if wrong := sorted({*folds} - {*range(number)}):  # nnU-Net would take cases at random
+        raise ValueError(f"{dataset}: fold {wrong[0]} is not one of 0 to {number - 1}")
     budget = f"_{epochs}epochs" + (f"_{iterations}iterations" if iterations != ITERATIONS else "")
     endings = {own: ("" if own == "nnU-Net" or size == "paper" else f"_{size}") for own in SYSTEMS}
     results = place("results") / name

@@ -93,6 +93,18 @@ def test_trainers_are_found_by_name_with_size_and_budget():
                 find.recursive_find_trainer_class_by_name(name)
 
 
+def test_what_cannot_be_trained_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="size 'huge' is not one of paper, small, tiny"):
+        nnunet.compare("7", [0], 1, size="huge")
+    monkeypatch.setattr(nnunet, "prepare", lambda dataset: "Dataset007_None")
+    monkeypatch.setattr(nnunet, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match="7: fold 5 is not one of 0 to 4"):
+        nnunet.compare("7", [0, 5], 1)
+    monkeypatch.setattr(nnunet, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match='extra "nnunet"'):
+        nnunet.compare("7", [0], 1)
+
+
 def test_regions_are_refused_before_anything_is_trained(folder):
     pytest.importorskip("nnunetv2")
     raw = nnunet.place("raw") / "Dataset007_Regions"
