@@ -147,7 +147,7 @@ def claims() -> None:
     """The paper's claims, and what the repository's tables say of them."""
     from srlib.study import claims
 
-    for _, row in claims.table().iterrows():
+    for _, row in claims.table(claims.findings()).iterrows():
         typer.echo(f"{row['claim']}: {row['verdict']}")
 
 
@@ -174,13 +174,13 @@ def store_reference(profile: Profile = "default", dataset: DatasetOption = "mni1
 
 @app.command()
 def store_outputs(dataset: DatasetOption = "mni152", only: Only = None) -> None:
-    """For maintainers: copy the default profile's last outputs into notebooks, solutions and README's figure."""
+    """For maintainers: copy the default profile's last outputs into notebooks, solutions and README's figures."""
     from srlib.book.collection import plan, store_outputs
-    from srlib.book.pages import store_figure
+    from srlib.book.pages import store_figures
 
     chosen = plan("default", dataset, only or ())
     store_outputs(chosen)
-    store_figure(chosen.results, files.REFERENCE / "figures")
+    store_figures(chosen.results, files.REFERENCE / "figures")
 
 
 @app.command(context_settings=PASS_ON)

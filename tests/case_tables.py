@@ -7,7 +7,14 @@ CLASSES = ("anterior", "posterior")
 
 
 def cases(
-    shifts=None, folds=(0,), seeds=(0, 1, 2), n=20, seed_sd=0.002, noise_sd=0.01, minutes=np.nan
+    shifts=None,
+    folds=(0,),
+    seeds=(0, 1, 2),
+    n=20,
+    seed_sd=0.002,
+    noise_sd=0.01,
+    minutes=np.nan,
+    random=0,
 ):
     """Dice 0.88 with a spread of 0.03 between cases, to which a system adds its shift.
 
@@ -19,8 +26,9 @@ def cases(
         seed_sd: standard deviation between trainings, the same for all cases of one.
         noise_sd: standard deviation of one case between trainings.
         minutes: the budget, NaN for equal steps.
+        random: seed of these numbers.
     """
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(random)
     rows = []
     for fold in folds:
         quality = random.normal(0.88, 0.03, (n, len(CLASSES)))

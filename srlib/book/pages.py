@@ -18,9 +18,12 @@ from PIL import Image
 
 from srlib import data, tables
 from srlib.files import atomic_path
+from srlib.show import charts, plots
+from srlib.study import claims
 
 TEMPLATES = Environment(loader=PackageLoader("srlib.book", "."), autoescape=True, trim_blocks=True)
-README_FIGURE = "00-real-case.png"
+README_FIGURES = ("00-real-case.png", "07-claims.png")
+STRIPS, SENTENCE = "published and measured", "in a sentence"
 CLAIMS = "tables/07-claims.csv"  # the verdicts, which the notebook about the claims writes
 
 
@@ -63,12 +66,13 @@ def write_index(results: Path, manifest: Mapping[str, Any]) -> Path:
     Returns:
         The page, `index.html` in that folder.
     """
-    claims, done = results / CLAIMS, manifest["notebooks"]
+    verdicts, done = results / CLAIMS, manifest["notebooks"]
     page = TEMPLATES.get_template("index.html.j2").render(
         run=manifest,
         virtual=data.get(manifest["dataset"]).virtual,
         time=duration(sum(entry["seconds"] for entry in done.values())),
-        claims=tables.read(claims).to_dict("records") if claims.is_file() else [],
+        claims=tables.read(verdicts).to_dict("records") if verdicts.is_file() else [],
+        signs=charts.SIGNS,
         notebooks=[_describe(results, name, done[name]) for name in sorted(done)],
     )
     with atomic_path(results / "index.html") as temporary:
@@ -95,10 +99,35 @@ def _describe(results: Path, name: str, entry: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def claims_table(claims: pd.DataFrame) -> str:
-    """A table of claims as HTML, with a caption and headers that a screen reader announces."""
+def claims_page(answers: Mapping[str, claims.Finding]) -> str:
+    """Claims (`srlib.study.claims.findings`) as HTML for wide and narrow screens: a row each, its numbers fold out."""
+    rows = []
+    for claim, answer in answers.items():
+        numbers, unit = claims.side_by_side(claim, answer), claims.CLAIMS[claim].unit
+        about = f"Strip of published and measured numbers, {unit}; the details beside it hold them"
+        row: dict[str, Any] = {"claim": claim, "verdict": answer.verdict, STRIPS: ""}
+        row[SENTENCE] = {"text": answer.sentence}
+        if len(numbers):
+            row[STRIPS] = {"alt": about, "png": plots.inline(charts.strip(claim, answer))}
+            lines = {name: _numbers(values.dropna()) for name, values in numbers.iterrows()}
+            row[SENTENCE] |= {"unit": unit, "lines": lines}
+        rows.append(row)
     template = TEMPLATES.get_template("claims.html.j2")
-    return template.module.table(claims.to_dict("records"))  # type: ignore[attr-defined]
+    note = "Diamonds: published. Dots: measured here, of Dice with intervals for other cases and seeds (corrected),"
+    note += (
+        f" else with the range of all settings. Green: what is claimed. Dice: {claims.evidence()}."
+    )
+    return str(template.module.table(rows, charts.SIGNS, note))  # type: ignore[attr-defined]
+
+
+def _numbers(values: pd.Series) -> str:
+    """A rival's numbers in words."""
+    printed = values.drop(["here", "low", "high"], errors="ignore")
+    said = [f"{table}: {value:.2f}" for table, value in printed.items()]
+    if "here" in values:
+        reach = "{low:.2f} to {high:.2f}".format(**values) if values["low"] < values["high"] else ""
+        said.append(f"here: {values['here']:.2f}" + (f" ({reach})" if reach else ""))
+    return "; ".join(said)
 
 
 def duration(seconds: float) -> str:
@@ -109,10 +138,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def store_figure(results: Path, target: Path) -> None:
-    """Copy the README's figure, made smaller, from the figures of a results folder; nothing where it is not there."""
-    source = results / "figures" / README_FIGURE
-    if source.is_file():  # its notebook needs real data
-        with Image.open(source) as image, atomic_path(target / README_FIGURE) as temporary:
-            image.thumbnail((1400, 1400))
-            image.convert("RGB").quantize(256).save(temporary, format="PNG", optimize=True)
+def store_figures(results: Path, target: Path) -> None:
+    """Copy the README's figures, made smaller, from the figures of a results folder; those that are there."""
+    for name in README_FIGURES:  # the notebook of the first one needs real data
+        if (source := results / "figures" / name).is_file():
+            with Image.open(source) as image, atomic_path(target / name) as temporary:
+                image.thumbnail((1400, 2000))
+                image.convert("RGB").quantize(256).save(temporary, format="PNG", optimize=True)

@@ -190,7 +190,7 @@ SMALL: dict[str, Peer] = {
     "unetr": Peer("UNETR", 6_740_402, 16, UNETR, _UNETR),
     "swin_unetr": Peer("SwinUNETR", 3_764_225, 32, SwinUNETR, _SWIN),
     "unet": Peer("UNET", 8_296_872, 16, UNet, _unet(21, 42, 84, 168, 336)),
-    "nnunet": Peer("nnUNet", 268_751, 8, DynUNet, _DYNUNET),
+    "nnunet": Peer("U-Net of nnU-Net's shape", 268_751, 8, DynUNet, _DYNUNET),
     "segmamba": Peer("SegMamba", 818_589, 16, SegMamba, _SEGMAMBA),
     "segresnet": Peer("SegResNet", 662_048, 8, SegResNet, _SEGRESNET),
 }

@@ -7,6 +7,7 @@ which draws the points, would compute others.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -23,7 +24,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import ArrayLike
 
 from srlib.data import cue
-from srlib.study import grid, statistics
+from srlib.study import claims, grid, statistics
 
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#595959"
@@ -408,36 +409,81 @@ def accuracy_by_distance(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def beside_bars(panels: Mapping[str, tuple[pd.DataFrame, float]], log: bool = False) -> Figure:
-    """Published and measured values, a panel for each quantity, with the bar that a claim sets.
+# Verdict -> sign and colour; white letters on it can be read.
+SIGNS = {
+    claims.HOLDS: ("✓", "#00664B"),
+    claims.PART: ("◐", "#8A5A00"),
+    claims.FAILS: ("✗", "#A63603"),
+    claims.OPEN: ("?", "#0B5C8F"),
+    claims.UNTESTED: ("–", GREY),
+}
 
-    Args:
-        panels: label of the horizontal axis, with its unit -> a row for each rival with columns `published`, `here`,
-            `low`, `high` (NaN: not there), and the bar.
-        log: a logarithmic axis, for ratios.
-    """
-    counts = [len(table) for table, _ in panels.values()]
-    options: dict[str, Any] = {"height": 0.27 * sum(counts) + 0.75 * len(counts) + 0.5}
-    options |= {"sharex": True, "squeeze": False, "height_ratios": [n + 1 for n in counts]}
-    figure, axes = subplots(len(panels), **options)
-    for axis, (label, (table, bar)) in zip(axes[:, 0], panels.items(), strict=True):
-        rows = np.arange(len(table))
-        _intervals(axis, table, "here", rows, color=BLUE, label="here, and its reach")
-        hollow = {"facecolor": "white", "edgecolor": ORANGE, "linewidth": 1.6}
-        axis.scatter(table["published"], rows - 0.22, 34, marker="D", label="published", **hollow)
-        axis.axvline(bar, label="what is claimed", **LINE)
-        axis.set(xlabel=label, xscale="log" if log else "linear", ylim=(len(table) - 0.4, -0.8))
-        axis.set_yticks(rows, table.index)
-        axis.tick_params(labelbottom=True)
-    if log:
-        plain_ticks(axis.xaxis)
-    _legend(figure, axes[0, 0])
+
+def strip(claim: str, answer: claims.Finding) -> Figure:
+    """Published and measured numbers of a claim on one axis, beside what is claimed; measured ones with their reach."""
+    figure = Figure(figsize=(3.6, _strip_height(claim, answer)), layout="constrained")
+    _strip(figure.subplots(), claim, answer)
+    return figure
+
+
+def claims_picture(answers: Mapping[str, claims.Finding]) -> Figure:
+    """Claims with their verdicts (`srlib.study.claims.findings`), and a strip of numbers beside each (`strip`)."""
+    lines = {claim: textwrap.wrap(claim, 42) for claim in answers}
+    heights = [max(0.19 * len(lines[k]) + 0.35, _strip_height(k, a)) for k, a in answers.items()]
+    figure = Figure(figsize=(7.5, sum(heights) + 0.4))
+    options: dict[str, Any] = {"height_ratios": heights, "width_ratios": (3.3, 4.2)}
+    axes = figure.subplots(len(heights), 2, squeeze=False, **options)
+    for (claim, answer), (left, right) in zip(answers.items(), axes, strict=True):
+        sign, colour = SIGNS[answer.verdict]
+        left.set_axis_off()
+        at: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        left.annotate("\n".join(lines[claim]), (0, 1), (0, 0), va="top", size=9, **at)
+        box = {"facecolor": colour, "edgecolor": colour, "boxstyle": "round,pad=0.25"}
+        at |= {"size": 9, "weight": "bold", "color": "white", "bbox": box, "va": "top"}
+        left.annotate(f"{sign} {answer.verdict}", (0, 1), (3, -13 * len(lines[claim]) - 5), **at)
+        _strip(right, claim, answer)
+    _legend(figure, axes[0, 1])
     return figure
 
 
 # --- Parts of figures ------------------------------------------------------------------------------
 
 POINTS: dict[str, Any] = {"s": 22, "linewidth": 0, "alpha": 0.7}  # one for each case
+
+
+def _strip_height(claim: str, answer: claims.Finding) -> float:
+    return 0.135 * len(claims.side_by_side(claim, answer)) + 0.28
+
+
+def _strip(axis: Axes, claim: str, answer: claims.Finding) -> None:
+    """Draw a claim's strip: diamonds are published, dots measured, with their interval or the reach of all settings."""
+    table, (printed, claimed, unit, _) = claims.side_by_side(claim, answer), claims.CLAIMS[claim]
+    if table.empty:
+        axis.set_axis_off()
+        return
+    rows = np.arange(len(table))
+    multiples = claimed[0] == 0 and claimed[1] < np.inf
+    for column in printed:
+        hollow: dict[str, Any] = {"facecolor": "none", "edgecolor": VERMILLION, "linewidth": 1.1}
+        axis.scatter(table[column], rows, 22, marker="D", label="published", **hollow)
+    _intervals(axis, table, "here", rows, color=BLUE, label="measured here")
+    axis.set_yticks(rows, table.index, size=8)
+    axis.set(ylim=(len(table) - 0.5, -0.5), xscale="log" if multiples else "linear")
+    axis.tick_params(axis="x", labelsize=8)
+    below: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axis.annotate(unit, (0, 0), (-6, -5), va="top", ha="right", size=8, color=GREY, **below)
+    axis.margins(x=0.06)
+    low, high = axis.get_xlim()
+    span = max(low, claimed[0]), min(high, claimed[1])
+    axis.axvspan(*span, color="#CFE8DD", zorder=0, label="claimed")
+    for end in claimed:
+        if np.isfinite(end) and end:
+            axis.axvline(end, **LINE)
+    axis.set_xlim(low, high)
+    if multiples:
+        plain_ticks(axis.xaxis)
+    axis.spines[["left", "top", "right"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
 
 
 def _style(k: int, colours: Sequence[str]) -> dict[str, Any]:

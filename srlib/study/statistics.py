@@ -14,28 +14,34 @@ implementations). Aggregation follows Metrics Reloaded (Maier-Hein et al. 2024),
 |---|---|---|
 | `mean`, `difference` | mean over the cases; of a difference: system minus reference, within each case | pandas |
 | `low`, `high` | 95 % interval of that mean, cases drawn anew, BCa, seeded | `scipy.stats.bootstrap` |
-| `p` | Wilcoxon's signed-rank test of the differences, two-sided | `scipy.stats.wilcoxon` |
-| `p_holm` | `p` corrected over all rows that one call returns (Holm) | `statsmodels` `multipletests` |
-| `detectable` | mean difference that such cases show with 80 % power at 5 % | `statsmodels` `TTestPower` |
 | `sd_cases` | standard deviation between cases (of a difference: between its cases) | pandas |
-| `sd_seeds` | standard deviation between seeds of a fold's mean, pooled over the folds; NaN for one seed | pandas |
-| `se_seeds` | standard error of the mean that the choice of seeds gives | pandas |
-| `df_seeds` | degrees of freedom of both: trainings less folds | pandas |
-| `low_all`, `high_all` | 95 % interval for other cases and seeds; of seeds Welch's, in quadrature | `scipy.stats.t` |
+| `sd_seeds` | standard deviation between a system's trainings of one fold; NaN for one | pandas |
+| `se_seeds` | standard error that the choice of seeds gives; its variance is pooled over all systems | pandas |
+| `df_seeds` | degrees of freedom of that variance: trainings less pairs of system and fold | pandas |
+| `p` | smallest level at which the interval for other cases and seeds leaves out the margin's ends | bisection |
+| `p_holm` | `p` corrected over all rows that one call returns (Holm 1979) | `statsmodels` `multipletests` |
+| `level` | level of the step at which Holm's procedure decides on that row, 95 % or higher | |
+| `low_all`, `high_all` | interval of that level for other cases (BCa) and seeds (Student), by MOVER | `scipy.stats.t` |
+| `signed_rank` | Wilcoxon's p of the differences of these trainings, not corrected | `scipy.stats.wilcoxon` |
+| `detectable` | mean difference that such cases show with 80 % power at 5 % | `statsmodels` `TTestPower` |
 
 `low` and `high` speak of other cases for these trained networks, and leave out that another training gives another
-network: a difference is shown only where `low_all` and `high_all` leave out zero.
+network. A verdict asks `low_all` and `high_all`. Both distances from the mean are added in quadrature (MOVER: Zou and
+Donner 2008). One or two further seeds say little about one system's spread, so all systems are taken to have the same.
+`p_holm` is below 5 % exactly where that interval leaves out the ends of the margin (Serlin 1993): zero alone, or,
+for equivalence, both ends, which is two one-sided tests (TOST) at half of the level each. Directions are read off
+as is usual with Holm (Shaffer 1980).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 from statsmodels.stats.power import TTestPower  # type: ignore[import-untyped]
@@ -45,7 +51,7 @@ from srlib.data.catalog import MEAN
 from srlib.run.evaluate import METRICS
 
 LEVEL, POWER = 0.95, 0.8
-RESAMPLES = 9999
+RESAMPLES = 9999  # no p is smaller than one of them
 UNIT = ["system", "class", "metric"]
 KEYS = ["system", "fold", "seed", "case", "class"]
 
@@ -77,13 +83,17 @@ def summary(cases: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.DataFra
         Columns `system`, `class`, `metric`, `n` (cases), `runs` (trainings), `mean`, `low`, `high`, `sd_cases`,
         `sd_seeds`, `se_seeds`, `df_seeds`.
     """
-    rows = []
-    for unit, long in _long(cases, metrics).groupby(UNIT, sort=False):
+    long_table = _long(cases, metrics)
+    spread, rows = _pooled(long_table), []
+    for unit, long in long_table.groupby(UNIT, sort=False):
         values = long.groupby("case")["value"].mean()
         low, high = interval(values)
         counts = {"n": len(values), "runs": long.groupby(["fold", "seed"]).ngroups}
         means = {"mean": values.mean(), "low": low, "high": high, "sd_cases": values.std()}
-        rows.append(dict(zip(UNIT, unit, strict=True)) | counts | means | _seeds(long))
+        own = _pooled(long)[unit[1:]][0]
+        pooled, freedom = spread[unit[1:]]
+        seeds = {"sd_seeds": own, "se_seeds": pooled * _share(long), "df_seeds": freedom}
+        rows.append(dict(zip(UNIT, unit, strict=True)) | counts | means | seeds)
     return pd.DataFrame(rows)
 
 
@@ -117,58 +127,69 @@ def compare(
     reference: str,
     metrics: Sequence[str] = METRICS,
     classes: Sequence[str] | None = None,
+    systems: Sequence[str] | None = None,
+    margin: float = 0.0,
 ) -> pd.DataFrame:
-    """Every other system against the reference over the same cases: a row for each system, class and metric.
+    """Other systems against the reference over the same cases: a row for each system, class and metric.
 
     Args:
-        cases: runs of one budget, equal steps or equal minutes.
+        cases: runs of one budget, equal steps or equal minutes; all of them say how much seeds matter.
         reference: the system that is subtracted.
         metrics: those compared.
-        classes: those compared (`MEAN` is one); `None` is all. Systems, metrics and classes make the family of
-            Holm's correction, so ask for those only that the question is about.
+        classes: those compared (`MEAN` is one); `None` is all.
+        systems: those compared; `None` is all. Systems, metrics and classes make the family of Holm's correction, so
+            ask for those only that the question is about.
+        margin: differences up to this, either way, are called equivalent.
 
     Returns:
         Columns `system`, `reference`, `class`, `metric`, `n`, `difference`, `low`, `high`, `low_all`, `high_all`,
-        `sd_cases`, `se_seeds`, `p`, `p_holm`, `detectable`.
+        `level`, `sd_cases`, `se_seeds`, `df_seeds`, `p`, `p_holm`, `signed_rank`, `detectable`; NaN where they need
+        trainings that differ in their seed only and no system has any.
     """
     paired = differences(cases, reference, metrics)
-    if classes is not None:
-        if unknown := sorted(set(classes) - set(paired["class"])):
-            raise ValueError(f"the table of cases has no class {', '.join(unknown)}")
-        paired = paired[paired["class"].isin(classes)]
-    units = _long(cases, metrics).groupby(UNIT, sort=False)
-    rows = []
+    for column, asked in {"class": classes, "system": systems}.items():
+        if unknown := sorted({*asked} - {*paired[column]} if asked is not None else ()):
+            raise ValueError(f"the table of cases has no {column} {', '.join(unknown)}")
+        paired = paired[paired[column].isin(asked)] if asked is not None else paired
+    long = _long(cases, metrics)
+    units, spread = long.groupby(UNIT, sort=False), _pooled(long)
+    rows, reaches = [], []
     for (system, name, metric), cells in paired.groupby(UNIT, sort=False):
         both = [units.get_group((key, name, metric)) for key in (system, reference)]
-        se_seeds, reach = _welch(*(_seeds(of[of["case"].isin(cells["case"])]) for of in both))
-        values = cells["difference"]
-        mean, (low, high) = values.mean(), interval(values)
-        all_seeds = {
-            "low_all": mean - math.hypot(mean - low, reach),
-            "high_all": mean + math.hypot(high - mean, reach),
-        }
+        share = math.hypot(*(_share(of[of["case"].isin(cells["case"])]) for of in both))
+        sd, freedom = spread[name, metric]
+        values = cells["difference"].to_numpy()
+        reaches.append(_reach(values, sd * share, freedom))
+        low, high = interval(values)
         rows.append(
             {"system": system, "reference": reference, "class": name, "metric": metric}
-            | {"n": len(values), "difference": mean, "low": low, "high": high, **all_seeds}
-            | {"sd_cases": values.std(), "se_seeds": se_seeds}
-            | {"p": signed_rank(values), "p_holm": math.nan, "detectable": detectable(values)}
+            | {"n": len(values), "difference": values.mean(), "low": low, "high": high}
+            | {"low_all": math.nan, "high_all": math.nan, "level": math.nan}
+            | {"sd_cases": cells["difference"].std(), "se_seeds": sd * share, "df_seeds": freedom}
+            | {"p": _smallest_level(reaches[-1], margin), "p_holm": math.nan}
+            | {"signed_rank": signed_rank(values), "detectable": detectable(values)}
         )
     table = pd.DataFrame(rows)
-    table["p_holm"] = multipletests(table["p"], method="holm")[1]
+    if (known := table["p"].notna()).any():
+        p = table.loc[known, "p"].to_numpy()
+        table.loc[known, "p_holm"] = multipletests(p, method="holm")[1]
+        table.loc[known, "level"] = _holm_levels(p)
+        for row in table.index[known]:
+            table.loc[row, ["low_all", "high_all"]] = reaches[row](table.loc[row, "level"])
     return table
 
 
 def in_words(row: Mapping[Any, Any]) -> str:
     """One row of `compare` as a sentence; that there is no difference is an interval, too."""
     number = "{:+.3f}".format
-    seeds = "one seed"
+    seeds = "trained with one seed"
     if not math.isnan(row["se_seeds"]):
-        seeds = f"{number(row['low_all'])} to {number(row['high_all'])} with other seeds"
+        ends = f"{number(row['low_all'])} to {number(row['high_all'])}"
+        seeds = f"{ends} with other seeds and corrected, p {row['p_holm']:.2g}"
     return (
         f"{row['system']} minus {row['reference']}, {row['metric']}, {row['class']}: "
         f"{number(row['difference'])} (95 % interval over {row['n']} cases {number(row['low'])} to "
-        f"{number(row['high'])}, {seeds}; corrected p {row['p_holm']:.2g}; "
-        f"a difference of {row['detectable']:.3f} could have been shown)"
+        f"{number(row['high'])}; {seeds}; a difference of {row['detectable']:.3f} could have been shown)"
     )
 
 
@@ -182,7 +203,7 @@ def effect(row: Mapping[Any, Any]) -> str:
 
 
 def interval_in_points(row: Mapping[Any, Any]) -> tuple[float, float]:
-    """95 % interval of a difference in Dice points: for other cases and seeds, of one seed for other cases alone."""
+    """Interval of a difference in Dice points: the corrected one, and where there is none that for other cases."""
     over = "" if math.isnan(row["se_seeds"]) else "_all"
     return 100 * row[f"low{over}"], 100 * row[f"high{over}"]
 
@@ -215,17 +236,9 @@ def cue_accuracy(cases: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"accuracy": accuracy, "found": found}).reset_index()
 
 
-def interval(values: ArrayLike) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean; of equal values that value, of a single one NaN."""
-    sample = np.sort(np.asarray(values, dtype=float))  # the same whatever the order of the cases
-    if len(sample) < 2:
-        return math.nan, math.nan
-    if np.ptp(sample) == 0:  # the bootstrap has nothing to vary
-        return float(sample[0]), float(sample[0])
-    # `random_state` is what SciPy before 1.15 calls `rng`; newer versions take both.
-    options: dict[str, Any] = {"n_resamples": RESAMPLES, "random_state": np.random.default_rng(0)}
-    found = stats.bootstrap((sample,), np.mean, confidence_level=LEVEL, method="BCa", **options)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+def interval(values: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
+    """Bootstrap interval of the mean (BCa); of equal values that value, of a single one NaN."""
+    return _bootstrap(values)(level)
 
 
 def signed_rank(differences: ArrayLike) -> float:
@@ -267,24 +280,83 @@ def _long(cases: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     return both.melt(KEYS, list(metrics), "metric")
 
 
-def _seeds(long: pd.DataFrame) -> dict[str, float]:
-    """`sd_seeds`, `se_seeds` and `df_seeds` of one system, class and metric."""
-    runs = long.groupby(["fold", "seed"])["value"].agg(["mean", "size"]).reset_index()
-    folds = runs.groupby("fold")
-    freedom = len(runs) - folds.ngroups
-    if freedom == 0:
-        return {"sd_seeds": math.nan, "se_seeds": math.nan, "df_seeds": 0}
-    sd = math.sqrt(((runs["mean"] - folds["mean"].transform("mean")) ** 2).sum() / freedom)
-    share = folds["size"].first() / folds["size"].first().sum()  # of the cases that a fold holds
-    se = sd * math.sqrt((share**2 / folds.size()).sum())
-    return {"sd_seeds": sd, "se_seeds": se, "df_seeds": freedom}
+def _pooled(long: pd.DataFrame) -> dict[tuple, tuple[float, int]]:
+    """(Class, metric) -> standard deviation between trainings that differ in their seed only, degrees of freedom."""
+    runs = long.groupby([*UNIT, "fold", "seed"])["value"].mean()
+    squares = (runs - runs.groupby([*UNIT, "fold"]).transform("mean")) ** 2
+    trainings, units = squares.groupby(UNIT[1:]), squares.groupby([*UNIT, "fold"]).size()
+    freedom = trainings.size() - units.groupby(UNIT[1:]).size()
+    sd = (trainings.sum() / freedom.where(freedom > 0)) ** 0.5
+    return {unit: (float(sd[unit]), int(freedom[unit])) for unit in sd.index}
 
 
-def _welch(*systems: dict[str, float]) -> tuple[float, float]:
-    """Standard error of a difference of two systems by their seeds, and half of its 95 % interval."""
-    squares = np.array([system["se_seeds"] ** 2 for system in systems])
-    if not squares.sum() > 0:  # no spread, or NaN
-        return float(squares.sum()), float(squares.sum())
-    freedom = squares.sum() ** 2 / sum(squares**2 / [system["df_seeds"] for system in systems])
-    error = math.sqrt(squares.sum())
-    return error, error * float(stats.t.ppf((1 + LEVEL) / 2, freedom))
+def _share(long: pd.DataFrame) -> float:
+    """Standard error of a system's mean by its seeds, as a share of the standard deviation between them."""
+    runs = long.groupby(["fold", "seed"]).size().groupby("fold").agg(["size", "first"])
+    cases = runs["first"] / runs["first"].sum()
+    return math.sqrt((cases**2 / runs["size"]).sum())
+
+
+Ends = Callable[[float], tuple[float, float]]
+
+
+def _bootstrap(values: ArrayLike) -> Ends:
+    """Level -> ends of the mean's interval for other cases; SciPy's BCa, whose means are drawn once for all levels."""
+    sample = np.sort(np.asarray(values, dtype=float))  # the same whatever the order of the cases
+    if len(sample) < 2 or np.ptp(sample) == 0:  # the bootstrap has nothing to vary
+        end = float(sample[0]) if len(sample) > 1 else math.nan
+        return lambda level: (end, end)
+    # `random_state` is what SciPy before 1.15 calls `rng`; newer versions take both.
+    drawn: dict[str, Any] = {"n_resamples": RESAMPLES, "random_state": np.random.default_rng(0)}
+    means = np.sort(stats.bootstrap((sample,), np.mean, **drawn).bootstrap_distribution)
+    away = sample - sample.mean()
+    acceleration = (away**3).sum() / (6 * (away**2).sum() ** 1.5)
+    below = [(means < sample.mean()).mean(), (means <= sample.mean()).mean()]
+    bias = stats.norm.ppf(np.mean(below))
+
+    def ends(level: float) -> tuple[float, float]:
+        z = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
+        low, high = np.quantile(means, stats.norm.cdf(bias + z / (1 - acceleration * z)))
+        return float(low), float(high)
+
+    return ends
+
+
+def _reach(values: NDArray, error: float, freedom: int) -> Ends:
+    """Level -> ends of the mean's interval for other cases and seeds, whose standard error is given (MOVER)."""
+    mean, of_cases = float(values.mean()), _bootstrap(values)
+
+    def ends(level: float) -> tuple[float, float]:
+        low, high = of_cases(level)
+        seeds = error * stats.t.ppf((1 + level) / 2, freedom)
+        return mean - math.hypot(mean - low, seeds), mean + math.hypot(high - mean, seeds)
+
+    return ends
+
+
+def _smallest_level(reach: Ends, margin: float) -> float:
+    """The smallest level of a test by an interval that leaves out both ends of the margin; NaN without an interval."""
+
+    def holds_one(level: float) -> bool:
+        low, high = reach(1 - level)
+        return low <= -margin <= high or low <= margin <= high
+
+    if math.isnan(reach(LEVEL)[0]):
+        return math.nan
+    low, high = 1 / RESAMPLES, 1.0
+    if not holds_one(low):
+        return low
+    for _ in range(25):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if holds_one(middle) else (low, middle)
+    return high
+
+
+def _holm_levels(p: NDArray) -> NDArray:
+    """Level of the interval of each test: that of the step that decides on it, or of the one that ends them."""
+    steps, order = np.arange(len(p)), np.argsort(p, kind="stable")
+    levels = (1 - LEVEL) / (len(p) - steps)
+    last = np.append(np.flatnonzero(p[order] > levels), len(p) - 1)[0]
+    found = np.empty(len(p))
+    found[order] = 1 - levels[np.minimum(steps, last)]
+    return found

@@ -124,11 +124,13 @@ def test_duration():
     assert said == ["0 s", "1 min 00 s", "1 min 05 s", "1 h 00 min", "3 h 20 min"]
 
 
-def test_the_readme_s_figure_is_copied_smaller(tmp_path):
-    pages.store_figure(tmp_path, tmp_path / "kept")  # not there, as without real data
+def test_the_readme_s_figures_are_copied_smaller(tmp_path):
+    pages.store_figures(tmp_path, tmp_path / "kept")  # not there, as without real data
     assert not (tmp_path / "kept").exists()
     (tmp_path / "figures").mkdir()
-    Image.new("RGB", (3000, 1500), "white").save(tmp_path / "figures" / pages.README_FIGURE)
-    pages.store_figure(tmp_path, tmp_path / "kept")
-    with Image.open(tmp_path / "kept" / pages.README_FIGURE) as image:
-        assert image.size == (1400, 700)
+    for name in pages.README_FIGURES:
+        Image.new("RGB", (3000, 1500), "white").save(tmp_path / "figures" / name)
+    pages.store_figures(tmp_path, tmp_path / "kept")
+    for name in pages.README_FIGURES:
+        with Image.open(tmp_path / "kept" / name) as image:
+            assert image.size == (1400, 700)

@@ -15,6 +15,7 @@ from PIL import Image
 from srlib.data import cue
 from srlib.scan import ORDERS, token_order
 from srlib.show import charts, plots, volumes
+from srlib.study import claims
 
 SHAPE, CLASSES, SPACING = (8, 10, 6), ("grey matter", "white matter"), (1.0, 2.0, 3.0)
 RANDOM = np.random.default_rng(0)
@@ -40,8 +41,12 @@ COSTS = COSTS.assign(parameters=7.0, gmacs=1.5, step_seconds=0.4)
 ACCURACY = pd.DataFrame({"distance": [4, 4, 64, 64], "accuracy": [1.0, 0.9, 0.5, 0.6]})
 ACCURACY = ACCURACY.assign(seed=[0, 1] * 2, title="SegResMamba", system="segresmamba", found=1.0)
 BINS = {"voxels": 9, "predicted": np.arange(9), "observed": 9 * RANDOM.uniform(size=9)}
-RIVALS = pd.DataFrame({"published": [0.4, 1.7], "here": [0.2, 0.7], "low": [0.1, 0.6]})
-RIVALS = RIVALS.assign(high=[0.3, np.nan]).set_axis(["SegMamba", "UNETR"])
+RIVALS = pd.DataFrame({"here": [0.2, 0.7], "low": [0.1, 0.6], "high": [0.3, 0.7]})
+MEMORY, *_, ABSTRACT = claims.CLAIMS
+ANSWERS = {
+    MEMORY: claims.Finding(claims.PART, "in part", RIVALS.set_axis(["SegMamba", "UNETR"])),
+    ABSTRACT: claims.Finding(claims.FAILS, "no"),
+}
 
 
 def draw_signals():
@@ -103,7 +108,8 @@ FIGURES = {
     "cost_and_gain": lambda: charts.cost_and_gain(COSTS),
     "cue_volumes": lambda: charts.cue_volumes((8, 64), number=2),
     "accuracy_by_distance": lambda: charts.accuracy_by_distance(ACCURACY),
-    "beside_bars": lambda: charts.beside_bars({"memory, multiple": (RIVALS, 0.5)}, log=True),
+    "strip": lambda: charts.strip(MEMORY, ANSWERS[MEMORY]),
+    "claims_picture": lambda: charts.claims_picture(ANSWERS),
     "tiles": draw_planes,
     "case_view": lambda: volumes.case_view(CASE._replace(metrics=TABLE[:2]), CLASSES, SPACING),
     "gallery": draw_gallery,

@@ -12,18 +12,14 @@ from bs4 import BeautifulSoup
 from srlib import data, files
 from srlib.book import pages
 from srlib.net.peers import SMALL
-from srlib.study import claims, grid
-from srlib.study.claims import FAILS, HOLDS, PART, UNTESTED
+from srlib.show import charts
+from srlib.study import claims, grid, statistics
+from srlib.study.claims import FAILS, HOLDS, OPEN, PART, UNTESTED
 from srlib.study.published import published
 
-MEMORY, MACS, TIME, PARAMETERS = (
-    next(claim for claim in claims.CLAIMS if claim.startswith(number)) for number in "1348"
-)
-COMPARABLE, TOM, PARTS = (
-    next(claim for claim in claims.CLAIMS if claim.startswith(number)) for number in "267"
-)
-ABSTRACT = [*claims.CLAIMS][-1]
-TABLES = ("gpu/memory.csv", "memory/counted.csv", "cpu/systems.csv")
+MEMORY, COMPARABLE, MACS, TIME, ENERGY, TOM, PARTS, PARAMETERS, ABSTRACT = claims.CLAIMS
+STEP, COUNTED = TABLES = ("gpu/step.csv", "memory/counted.csv")
+EQUAL = dict.fromkeys(SMALL, 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +38,19 @@ def with_runs(monkeypatch, shifts, **options):
     monkeypatch.setattr(grid, "cases", lambda name: cases)
 
 
-def changed(file, column, factor):
-    """Multiply SegResMamba's values in a table."""
+def changed(file, column, factor, network="segresmamba", rows=""):
+    """Multiply a network's values in a table, or in some rows of it."""
     table = pd.read_csv(file)
+    chosen = table.iloc[:, 0].eq(network) if "peer" in table else table["network"].eq(network)
+    chosen &= table.index.isin(table.query(rows).index) if rows else True
     table[column] = table[column].astype(float)
-    table.loc[table["peer"] == "segresmamba", column] *= factor
+    table.loc[chosen, column] *= factor
     table.to_csv(file, index=False)
 
 
 @pytest.mark.parametrize(
     ("shown", "excluded", "words"),
-    [("11", "00", HOLDS), ("10", "01", PART), ("00", "11", FAILS), ("00", "10", UNTESTED)],
+    [("11", "00", HOLDS), ("10", "01", PART), ("00", "11", FAILS), ("00", "10", OPEN)],
 )
 def test_verdict(shown, excluded, words):
     columns = (pd.Series([bit == "1" for bit in bits]) for bits in (shown, excluded))
@@ -60,37 +58,65 @@ def test_verdict(shown, excluded, words):
 
 
 @pytest.mark.parametrize(
-    ("claim", "file", "column"),
-    [(MEMORY, TABLES[0], "allocated"), (MACS, TABLES[1], "gmacs"), (TIME, TABLES[0], "step_s")],
+    ("claim", "file", "columns"),
+    [
+        (MEMORY, STEP, ["peak_gib"]),
+        (MACS, COUNTED, ["gmacs"]),
+        (TIME, STEP, ["captured_ms", "eager_ms"]),
+        (ENERGY, STEP, ["joules"]),
+    ],
 )
-def test_a_row_changes_when_its_table_does(reference, claim, file, column):
-    changed(reference / file, column, 1e-3)
-    assert claims.finding(claim).verdict == HOLDS
-    changed(reference / file, column, 1e6)
-    assert claims.finding(claim).verdict == FAILS
+def test_a_row_changes_when_its_table_does(reference, claim, file, columns):
+    for factor, words in ((1e-3, HOLDS), (1e6, FAILS)):
+        for column in columns:
+            changed(reference / file, column, factor)
+        assert claims.finding(claim).verdict == words
 
 
-def test_every_setting_counts(reference):
-    table = pd.read_csv(reference / TABLES[0])
-    others = table["setting"] != claims.FIRST
-    table.loc[others & (table["peer"] == "segresmamba"), "allocated"] = 1e3
-    table.to_csv(reference / TABLES[0], index=False)
-    assert claims.ratios("memory")["high"].min() > 1
-    assert claims.finding(MEMORY).verdict == PART
+def test_settings_are_like_with_like_and_each_counts(reference):
+    found = claims.ratios("memory")
+    rows = pd.read_csv(reference / STEP).set_index(["network", "precision", "recomputation"])
+    peaks = rows["peak_gib"].unstack("network")
+    for name, title in (("unetr", "UNETR"), ("unet", "UNET")):
+        for setting, again in (("plain", "off"), ("checkpoints", "on")):
+            expected = peaks["segresmamba"]["bf16", again] / peaks[name]["bf16", again]
+            assert found.loc[title, f"bf16 {setting}"] == pytest.approx(expected)
+        best = peaks.loc["bf16"].min()
+        expected = best["segresmamba"] / best[name]
+        assert found.loc[title, "bf16 best"] == pytest.approx(expected)
+    changed(reference / STEP, "peak_gib", 1e3, rows="recomputation == 'on'")
+    sentence = claims.finding(MEMORY).sentence
+    assert "in some settings against" in sentence
+    assert "in every setting" not in sentence
 
 
-def test_parameters_have_to_be_as_many_as_printed(reference):
+def test_a_setting_without_a_row_is_said_to_be_not_measured(reference):
+    assert "not measured: fp32)" in claims.finding(MEMORY).sentence
+    table = pd.read_csv(reference / STEP)
+    whole = pd.concat([table, table.assign(precision="fp32")])
+    whole.to_csv(reference / STEP, index=False)
+    assert "not measured" not in claims.finding(MEMORY).sentence
+    whole[whole["recomputation"] == "off"].to_csv(reference / STEP, index=False)
+    answer = claims.finding(MEMORY)
+    assert answer.verdict == UNTESTED
+    assert answer.sentence == "not measured: bf16 best"
+
+
+def test_parameters_hold_as_printed_and_in_part_by_a_reading(reference):
+    assert claims.reading() == 119_976_114
+    assert claims.finding(PARAMETERS).verdict == PART
+    changed(reference / COUNTED, "parameters", 1.1, network="segresmamba_released")
     assert claims.finding(PARAMETERS).verdict == FAILS
-    counted = pd.read_csv(reference / TABLES[1])
-    ours = counted.loc[counted["peer"] == "segresmamba", "trained"].iloc[0]
-    changed(reference / TABLES[1], "trained", 119.98e6 / ours)
+    counted = pd.read_csv(reference / COUNTED).query("peer == 'segresmamba' and size == 128")
+    changed(reference / COUNTED, "trained", 119.98e6 / counted["trained"].iloc[0])
     assert claims.finding(PARAMETERS).verdict == HOLDS
 
 
 def test_what_lacks_its_table_has_not_been_tested(reference):
-    (reference / TABLES[1]).unlink()
+    (reference / COUNTED).unlink()
     for claim in (MACS, TOM):
-        assert claims.finding(claim) == (UNTESTED, "-", "-")
+        assert claims.finding(claim).verdict == UNTESTED
+        assert claims.finding(claim).found.empty
 
 
 @pytest.mark.parametrize(
@@ -102,47 +128,55 @@ def test_what_lacks_its_table_has_not_been_tested(reference):
         (TOM, {"none": -0.02}, PART),
         (PARTS, {"segmamba_block": -0.02, "no_extra_conv": 0.0}, PART),
         (PARTS, {"segmamba_block": 0.0, "no_extra_conv": 0.0}, FAILS),
-        (COMPARABLE, dict.fromkeys(SMALL, 0.0), HOLDS),
-        (COMPARABLE, dict.fromkeys(SMALL, 0.0) | {"unet": 0.03}, PART),
+        (COMPARABLE, EQUAL, HOLDS),
+        (COMPARABLE, EQUAL | {"unet": -0.03}, HOLDS),
+        (COMPARABLE, EQUAL | {"unet": 0.03}, PART),
         (COMPARABLE, dict.fromkeys(SMALL, 0.03), FAILS),
+        (COMPARABLE, dict.fromkeys(SMALL, 0.005), OPEN),
     ],
 )
 def test_claims_about_dice(monkeypatch, claim, shifts, words):
-    with_runs(monkeypatch, {"segresmamba": 0.0, **shifts})
+    with_runs(monkeypatch, {"segresmamba": 0.0, **shifts}, noise_sd=0.002, seed_sd=0.0002)
     assert claims.finding(claim).verdict == words
 
 
-def test_one_seed_decides_nothing(monkeypatch):
-    with_runs(monkeypatch, {"segresmamba": 0.0, "none": -0.02, "conv": -0.02}, seeds=(0,))
-    found = claims.finding(TOM)
-    assert found.verdict == UNTESTED
-    assert found.interval == "none for no ToM, convolution for ToM: one training"
+def test_each_rival_s_place_is_named(monkeypatch):
+    shifts = EQUAL | {"unet": 0.03, "unetr": -0.03, "segmamba": 0.005}
+    del shifts["swin_unetr"]
+    with_runs(monkeypatch, {"segresmamba": 0.0, **shifts}, noise_sd=0.002, seed_sd=0.0002)
+    places = claims.gains("peers")["is"]
+    assert places.to_dict() == {
+        "UNETR": "ahead",
+        "SwinUNETR": UNTESTED,
+        "UNET": "behind",
+        "U-Net of nnU-Net's shape": "comparable",
+        "SegMamba": "behind",  # but by half a point, more or less
+    }
+    sentence = claims.finding(COMPARABLE).sentence
+    assert "ahead of UNETR (+" in sentence
+    assert "behind SegMamba (-" in sentence
+    assert "and UNET (-3" in sentence
+    assert "not tested against SwinUNETR" in sentence
 
 
-def test_rivals_of_one_training_are_named_beside_intervals_of_the_others(monkeypatch):
-    cases = case_tables.cases({"segresmamba": 0.0, "none": -0.02, "conv": -0.02}, n=52)
-    once = cases[(cases["system"] != "conv") | (cases["seed"] == 0)]
-    with_runs(monkeypatch, {"segresmamba": 0.0, "none": 0.0, "conv": 0.0})
-    monkeypatch.setattr(grid, "cases", lambda name: once)
-    found = claims.finding(TOM)
-    assert re.fullmatch(
-        r"no ToM \+\S+ to \+\S+; none for convolution for ToM: one training", found.interval
+def test_intervals_are_corrected_inside_the_claim_alone(monkeypatch):
+    with_runs(monkeypatch, {"segresmamba": 0.0, "none": 0.0, "conv": 0.0, **EQUAL})
+    runs = pd.concat([grid.cases("tom")])
+    expected = statistics.compare(
+        runs, "segresmamba", ("dice",), [statistics.MEAN], ["none", "conv"]
     )
+    assert claims.gains("ToM")["high"].tolist() == (-100 * expected["low_all"]).tolist()
+    assert (expected["level"] == 0.975).all()
+
+
+def test_one_seed_of_all_decides_nothing(monkeypatch):
+    with_runs(monkeypatch, {"segresmamba": 0.0, "none": -0.02, "conv": -0.02}, seeds=(0,))
+    assert claims.finding(TOM).verdict == OPEN
 
 
 def test_wide_intervals_decide_nothing(monkeypatch):
     with_runs(monkeypatch, {"segresmamba": 0.0, "none": -0.005, "conv": -0.005}, noise_sd=0.2)
-    assert claims.finding(TOM).verdict == UNTESTED
-
-
-def test_intervals_cover_other_seeds(monkeypatch):
-    with_runs(monkeypatch, {"segresmamba": 0.0, "none": 0.0, "conv": 0.0}, seed_sd=0.0)
-    narrow = claims.gains("ToM")
-    with_runs(monkeypatch, {"segresmamba": 0.0, "none": 0.0, "conv": 0.0}, seed_sd=0.02)
-    wide = claims.gains("ToM")
-    assert ((wide["high"] - wide["low"]) > 2 * (narrow["high"] - narrow["low"])).all()
-    assert (narrow["low"] < narrow["here"]).all()
-    assert (narrow["here"] < narrow["high"]).all()
+    assert claims.finding(TOM).verdict == OPEN
 
 
 def test_each_rival_is_compared_on_the_cases_that_it_has(monkeypatch):
@@ -154,10 +188,12 @@ def test_each_rival_is_compared_on_the_cases_that_it_has(monkeypatch):
 
 def test_the_abstract_is_as_good_as_its_parts(reference, monkeypatch):
     assert claims.finding(ABSTRACT).verdict == PART
-    for name, column in ((TABLES[0], "allocated"), (TABLES[0], "step_s"), (TABLES[1], "gmacs")):
-        changed(reference / name, column, 1e-3)
-    with_runs(monkeypatch, {"segresmamba": 0.0, **dict.fromkeys(SMALL, 0.0)})
-    assert claims.finding(ABSTRACT).verdict == HOLDS
+    for name in ("captured_ms", "eager_ms", "joules", "peak_gib"):
+        changed(reference / STEP, name, 1e-3)
+    changed(reference / COUNTED, "gmacs", 1e-3)
+    with_runs(monkeypatch, {"segresmamba": 0.0, **EQUAL}, noise_sd=0.002, seed_sd=0.0002)
+    answer = claims.finding(ABSTRACT)
+    assert (answer.verdict, answer.sentence) == (HOLDS, "claims 1, 2, 3, 4 and 5: holds")
 
 
 def test_published_tables_have_the_printed_values():
@@ -172,48 +208,45 @@ def test_evidence_is_real_data():
     assert not data.get(grid.DATASET).virtual
 
 
-def test_the_table_has_a_row_for_each_claim_and_reads_as_html():
-    table = claims.table()
-    assert len(table) == 9
-    assert table["verdict"].isin([HOLDS, PART, FAILS, UNTESTED]).all()
-    page = BeautifulSoup(pages.claims_table(table), "html.parser")
-    assert page.caption.text
-    assert [cell.text for cell in page.select("th[scope=col]")] == [*table]
-    assert [cell.text for cell in page.select("th[scope=row]")] == [*table["claim"]]
-    assert [cell.text for cell in page.select("strong")] == [*table["verdict"]]
+def test_the_page_has_a_row_for_each_claim_with_its_numbers():
+    answers = claims.findings()
+    page = BeautifulSoup(pages.claims_page(answers), "html.parser")
+    assert "Dice: no committed runs" in page.caption.text
+    assert [cell.text for cell in page.select("th[scope=row]")] == [*claims.CLAIMS]
+    signed = [f"{charts.SIGNS[answer.verdict][0]} {answer.verdict}" for answer in answers.values()]
+    assert [cell.text for cell in page.select("strong")] == signed
+    strips = page.select("img[alt]")
+    assert len(strips) == len(page.select("details")) == 8
+    assert "UNETR" in page.select("details")[0].text
+    for cell, answer in zip(page.select("td:last-child"), answers.values(), strict=True):
+        assert cell.text.startswith(answer.sentence)
 
 
 def written(text):
     """Claims and verdicts of a text: its paragraphs `**claim: verdict.** ...` and rows `| claim | verdict | ...`."""
     names = "|".join(map(re.escape, claims.CLAIMS))
-    verdicts = "|".join((PART, HOLDS, FAILS, UNTESTED))
+    verdicts = "|".join((PART, HOLDS, FAILS, OPEN, UNTESTED))
     pattern = rf"(?m)^(?:\*\*|\| )({names})(?:: | \| )({verdicts})(?:\.\*\*| \|)"
     return dict(re.findall(pattern, text))
 
 
 @pytest.fixture
-def table(monkeypatch):
+def answers(monkeypatch):
     """What the repository's own tables say."""
     monkeypatch.undo()
-    return claims.table().set_index("claim")
+    return claims.findings()
 
 
-def test_the_verdicts_written_in_07_and_the_readme_are_those_of_the_rules(table):
+def test_what_is_written_in_07_and_the_readme_is_what_the_rules_say(answers):
+    verdicts = {claim: answer.verdict for claim, answer in answers.items()}
     cells = nbformat.read(files.NOTEBOOKS / "07_claims.ipynb", as_version=4).cells
     text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert written(text) == verdicts
     readme = (files.ROOT / "README.md").read_text(encoding="utf-8")
+    assert written(readme) == verdicts
+    for claim, answer in answers.items():
+        assert f"| {claim} | {answer.verdict} | {answer.sentence} |" in readme
+    ours, others = claims.evidence().partition(", all others on ")[::2]
+    mixed = "NVIDIA" not in ours and "NVIDIA" in others
     for page in (text, readme):
-        assert written(page) == table["verdict"].to_dict()
-
-
-def test_the_numbers_written_in_the_readme_are_those_of_the_table(table):
-    number = (
-        r"[+-]?\d+\.\d+ (?:x|v\.|M|points|and)(?: (?:SegResMamba, released|[^,;|]+?)(?=[,;] | \|))?"
-    )
-    readme = (files.ROOT / "README.md").read_text(encoding="utf-8")
-    rows = {claim: line for line in readme.splitlines() for claim in written(line)}
-    for claim, line in rows.items():
-        shown = line.partition(claim)[2].replace(" but ", " ")
-        there = f"{table['published'][claim]}, {table['measured here'][claim]}"
-        for found in re.findall(number, shown):
-            assert found.removesuffix(" points") in there, f"{claim}: {found}"
+        assert ("SegResMamba was trained on a CPU, most of the others on GPUs" in page) == mixed
