@@ -259,12 +259,12 @@ def interval_rows(cases: pd.DataFrame) -> Figure:
 
 
 def paired_rows(cases: pd.DataFrame, reference: str) -> Figure:
-    """A row for each system minus the reference in Dice: a point for each case, below them the mean's 95 % intervals.
+    """A row for each system minus the reference in Dice: a point for each case, below them the mean's intervals.
 
-    The interval with caps is that for other cases, the thin line that for other cases and other seeds
-    (`statistics.compare`); beside it stand the verdict and p. Within the grey bar the cases could have missed a mean
-    difference (`statistics.detectable`). The axis holds 96 % of the points and all intervals; how many cases lie
-    beyond is written at its rim.
+    The interval with caps is that for other cases, the thin line the corrected one for other cases and other seeds
+    (`statistics.compare`); beside it stand the verdict and p. A mean inside the grey bar may be missed by these cases
+    (`statistics.detectable`). The axis holds 96 % of the points and all intervals; how many cases lie beyond is
+    written at its rim.
 
     Args:
         cases: runs of one budget, of the reference and of at least one other system.
@@ -278,18 +278,18 @@ def paired_rows(cases: pd.DataFrame, reference: str) -> Figure:
     ends = table[["low", "high", "low_all", "high_all"]].to_numpy().ravel()
     bounds = [*ends, *reach, *-reach, *np.percentile(points["difference"], (2, 98))]
     low, high = float(np.nanmin(bounds)), float(np.nanmax(bounds))
-    small: dict[str, Any] = {"color": "#DDDDDD", "label": "too small for these cases to show"}
+    small: dict[str, Any] = {"color": "#DDDDDD", "label": "may be missed by so many cases"}
     axis.barh(table.index, 2 * reach, 0.9, -reach, **small)
     dots = {"color": SKY, "size": 3, "warn_thresh": 1, "label": "one case", "ax": axis}
     inside = points[points["difference"].between(low, high)]
     sns.swarmplot(inside, x="difference", y="system", order=table["system"], **dots)
     _intervals(axis, table, "difference", below)
-    axis.hlines(below, table["low_all"], table["high_all"], "k", lw=1, label="other seeds, too")
+    axis.hlines(below, table["low_all"], table["high_all"], "k", lw=1, label="other seeds, too, corrected")
     axis.axvline(0, **LINE)
     edge: dict[str, Any] = {"size": 8, "va": "center"}
     for at, row in enumerate(table.to_dict("records")):
-        p = f"p = {row['p_holm']:.2g}" if row["p_holm"] >= 0.001 else "p < 0.001"
-        words = f"  {statistics.effect(row)}\n  {p}"
+        p = f"\n  p = {row['p_holm']:.2g}" if row["p_holm"] >= 0 else ""
+        words = f"  {statistics.effect(row)}{p}"
         axis.text(1.03, at, words, transform=axis.get_yaxis_transform(), **edge)
         values = points.loc[points["system"] == row["system"], "difference"]
         if left := (values < low).sum():
@@ -298,7 +298,7 @@ def paired_rows(cases: pd.DataFrame, reference: str) -> Figure:
             axis.text(high, at, f"{right}▸", ha="left", color=BLUE, **edge)
     axis.margins(x=0.1)
     base = _titles(cases)[reference]
-    corrected = f"p: Wilcoxon's, corrected over {len(table)} row{'s' * (len(table) > 1)} (Holm)"
+    corrected = f"p: for other cases and seeds, corrected over {len(table)} rows (Holm)"
     axis.set(xlabel=f"Dice, minus that of {base} in the same case\n{corrected}")
     _name_rows(axis, table["system"], cases)
     _legend(figure, axis)
@@ -343,24 +343,18 @@ def dice_over_minutes(cases: pd.DataFrame, panels: Mapping[str, Collection[str]]
 def cost_and_gain(rows: pd.DataFrame) -> Figure:
     """Difference from the whole network against the cost of each one.
 
-    An interval that is much longer than the others is cut at the axis; the legend has its ends.
-
     Args:
         rows: columns `title`, `points`, `low`, `high` (difference in Dice points and its interval) and `COSTS`, with
             parameters in millions; the whole network is the row of zeros.
     """
-    ends = rows[["low", "high"]].abs().max(axis=1)
-    limit = 1.1 * ends[ends <= 3 * ends[ends > 0].median()].max()
     figure, axes = subplots(1, len(COSTS), height=4.4, sharey=True)
     for axis, (column, label) in zip(axes, COSTS.items(), strict=True):
         for k, (_, row) in enumerate(rows.iterrows()):
-            cut = f" ({row['low']:+.1f} to {row['high']:+.1f})" if ends.iloc[k] > limit else ""
             style = {"color": COLOURS[k % 7], "marker": MARKERS[(k + k // 7) % 7], "capsize": 2}
             reach = np.reshape(_reach(row, "points"), (2, 1))
-            style |= {"ls": "", "label": row["title"] + cut}
-            axis.errorbar(row[column], row["points"], reach, **style)
+            axis.errorbar(row[column], row["points"], reach, ls="", label=row["title"], **style)
         axis.axhline(0, **LINE)
-        axis.set(xlabel=label, ylim=(-limit, limit))
+        axis.set(xlabel=label)
     axes[0].set(ylabel="difference from SegResMamba (Dice points)")
     _legend(figure, axes[0], 4)
     return figure
