@@ -288,8 +288,8 @@ def paired_rows(cases: pd.DataFrame, reference: str) -> Figure:
     axis.axvline(0, **LINE)
     edge: dict[str, Any] = {"size": 8, "va": "center"}
     for at, row in enumerate(table.to_dict("records")):
-        p = f"\n  p = {row['p_holm']:.2g}" if row["p_holm"] >= 0 else ""
-        words = f"  {statistics.effect(row)}{p}"
+        p = f"p = {row['p_holm']:.2g}" if row["p_holm"] >= 0.001 else "p < 0.001"
+        words = f"  {statistics.effect(row)}\n  {'' if np.isnan(row['p_holm']) else p}"
         axis.text(1.03, at, words, transform=axis.get_yaxis_transform(), **edge)
         values = points.loc[points["system"] == row["system"], "difference"]
         if left := (values < low).sum():
