@@ -284,7 +284,9 @@ def paired_rows(cases: pd.DataFrame, reference: str) -> Figure:
     inside = points[points["difference"].between(low, high)]
     sns.swarmplot(inside, x="difference", y="system", order=table["system"], **dots)
     _intervals(axis, table, "difference", below)
-    axis.hlines(below, table["low_all"], table["high_all"], "k", lw=1, label="other seeds, too, corrected")
+    axis.hlines(
+        below, table["low_all"], table["high_all"], "k", lw=1, label="other seeds, too, corrected"
+    )
     axis.axvline(0, **LINE)
     edge: dict[str, Any] = {"size": 8, "va": "center"}
     for at, row in enumerate(table.to_dict("records")):
