@@ -13,6 +13,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 from jinja2 import Environment, PackageLoader
+from latex2mathml.converter import convert
 from nbformat import NotebookNode
 from PIL import Image
 
@@ -45,9 +46,23 @@ def read_notebook(file: Path) -> NotebookNode:
 def write_page(executed: Path) -> None:
     """Write an executed notebook as an HTML page beside it that needs no other file."""
     from nbconvert import HTMLExporter
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    class MathML(IPythonRenderer):
+        """Formulas as MathML, which browsers draw by themselves; nbconvert leaves TeX to a script from the network."""
+
+        def block_math(self, body: str) -> str:
+            return convert(body, display="block")
+
+        def inline_math(self, body: str) -> str:
+            return convert(body)
+
+    def to_html(source: str) -> str:
+        return MarkdownWithMath(renderer=MathML(escape=False)).render(source)
 
     resources = {"metadata": {"name": executed.stem}}
     exporter = HTMLExporter(template_file=str(Path(__file__).with_name("notebook.html.j2")))
+    exporter.register_filter("markdown2html", to_html)
     html, _ = exporter.from_notebook_node(read_notebook(executed), resources)
     # Page links to page; all of them are in one folder, the solutions' too.
     html = re.sub(r'href="(?:\.\./)?(\d\d_\w+)\.ipynb', r'href="\1.html', html)

@@ -134,3 +134,15 @@ def test_the_readme_s_figures_are_copied_smaller(tmp_path):
     for name in pages.README_FIGURES:
         with Image.open(tmp_path / "kept" / name) as image:
             assert image.size == (1400, 700)
+
+
+def test_formulas_are_mathml(tmp_path):
+    text = r"A rate $\bar A = e^{\Delta A}$:" + "\n\n" + r"$$\int_0^1 x\,dx$$"
+    file = tmp_path / "00_formulas.ipynb"
+    nbformat.write(new_notebook(cells=[new_markdown_cell(f"# 00 Formulas\n\n{text}")]), file)
+    pages.write_page(file)
+    page = read(file.with_suffix(".html"))
+    formulas = page.select("math")
+    assert [formula.get("display") for formula in formulas] == ["inline", "block"]
+    assert "∫" in formulas[-1].text
+    assert "$$" not in page.text
