@@ -25,6 +25,8 @@ from srlib.show.charts import BLUE, CLASS_COLOURS, GREEN, GREY, PURPLE, VERMILLI
 
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # plane -> the array axis that it cuts
 AXIS_LABELS = ("left to right, mm", "back to front, mm", "bottom to top, mm")
+EDGES = (("L", "R"), ("P", "A"), ("I", "S"))  # where each axis begins and ends
+GRID_AXES = ("D (L to R)", "H (P to A)", "W (I to S)")
 OUTLINES: tuple[Any, Any] = ("-", (0, (3, 1.5)))  # of the first and the second label map of a case
 
 
@@ -59,7 +61,7 @@ class CaseView(NamedTuple):
 def tiles(
     items: Sequence[Tile], classes: Sequence[str], spacing: Sequence[float], columns: int
 ) -> Figure:
-    """Slices side by side, row by row; with up to three in a row their axes are in mm."""
+    """Slices side by side, row by row; with up to three in a row their axes are in mm, else edges have letters."""
     ruled, rows = columns <= 3, -(-len(items) // columns)
     extent = np.array(np.shape(items[0].image)) * spacing
     sides = [np.delete(extent, PLANES[item.plane]) for item in items]
@@ -77,6 +79,8 @@ def tiles(
         plane.draw_labels(axis, labels, range(len(classes)), item.filled, **style)
         axis.set_title(item.title, parse_math=False)  # a case may be called $x$
         axis.axison = ruled
+        if not ruled:
+            plane.name_edges(axis)
     figure.legend(handles=_key(classes), loc="outside upper center", ncols=len(classes))
     return figure
 
@@ -221,6 +225,15 @@ class _Plane(NamedTuple):
         axis.imshow(values, origin="lower", extent=(0, right, 0, top), **grey)
         axis.set(xlabel=AXIS_LABELS[across], ylabel=AXIS_LABELS[up], xlim=(0, right), ylim=(0, top))
 
+    def name_edges(self, axis: Axes) -> None:
+        """Letters at the left, right, lower and upper edge: where the patient's left, front, ... is."""
+        style: dict[str, Any] = {"color": "white", "size": 7, "transform": axis.transAxes}
+        style |= {"ha": "center", "va": "center"}
+        for side, along in zip(self.sides, ((1, 0), (0, 1)), strict=True):
+            for letter, far in zip(EDGES[side], (0.04, 0.96), strict=True):
+                x, y = (far if here else 0.5 for here in along)
+                axis.text(x, y, letter, **style)
+
     def draw_labels(
         self, axis: Axes, labels: ArrayLike, classes: Iterable[int], filled: bool, **style: Any
     ) -> None:
@@ -307,7 +320,7 @@ def _draw_path(
         lines.set(array=np.flatnonzero(jumps == far), clim=(0, len(points) - 1), cmap="viridis")
         axis.add_collection(lines)
     axis.scatter(*points.T, color="#BBBBBB", s=8, depthshade=False)
-    axis.set(xlabel="D", ylabel="H", zlabel="W")
+    axis.set(**dict(zip(("xlabel", "ylabel", "zlabel"), GRID_AXES, strict=True)))
     axis.set(xticks=range(shape[0]), yticks=range(shape[1]), zticks=range(shape[2]))
     axis.set_box_aspect(tuple(shape), zoom=1.15)
     for ruler in (axis.xaxis, axis.yaxis, axis.zaxis):
