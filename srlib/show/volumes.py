@@ -227,7 +227,7 @@ class _Plane(NamedTuple):
 
     def name_edges(self, axis: Axes) -> None:
         """Letters at the left, right, lower and upper edge: where the patient's left, front, ... is."""
-        style: dict[str, Any] = {"color": "white", "size": 7, "transform": axis.transAxes}
+        style: dict[str, Any] = {"color": "white", "size": 8, "transform": axis.transAxes}
         style |= {"ha": "center", "va": "center"}
         for side, along in zip(self.sides, ((1, 0), (0, 1)), strict=True):
             for letter, far in zip(EDGES[side], (0.04, 0.96), strict=True):
@@ -322,7 +322,7 @@ def _draw_path(
     axis.scatter(*points.T, color="#BBBBBB", s=8, depthshade=False)
     axis.set(**dict(zip(("xlabel", "ylabel", "zlabel"), GRID_AXES, strict=True)))
     axis.set(xticks=range(shape[0]), yticks=range(shape[1]), zticks=range(shape[2]))
-    axis.set_box_aspect(tuple(shape), zoom=1.15)
+    axis.set_box_aspect(tuple(shape), zoom=1.0)
     for ruler in (axis.xaxis, axis.yaxis, axis.zaxis):
         ruler.set_tick_params(pad=-3)
         ruler.labelpad = -7
