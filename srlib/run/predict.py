@@ -39,6 +39,8 @@ from srlib.run.train import load_trained, restore
 WHOLE = -1  # the file has no such ending
 FORMATS = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}  # scan -> mask
 PLANES = 8  # of the scan's grid that are interpolated at a time
+# Windows: torch's fast 3D convolution on a CPU is for more than one small sample; a window takes half of the time.
+AT_ONCE = 2
 OVERLAP = 0.5  # of neighbouring windows, as a share of their length
 Predictor = Callable[[Tensor], Tensor]
 
@@ -197,9 +199,9 @@ def segment(
     )
     model = mirrored(segmenter.model, entry.flip_axes) if flips else segmenter.model
 
-    def counted(window: Tensor) -> Tensor:
-        bar.update()
-        return model(window)
+    def counted(windows: Tensor) -> Tensor:
+        bar.update(len(windows))
+        return model(windows)
 
     slabs = scores_by_slab(counted, image, patch_size, device(), axis, overlap)
     with bar, closing(slabs):
@@ -324,7 +326,7 @@ def scores_by_slab(
     Memory: the scores of two slabs of one window's length, wherever `image` lies.
 
     Args:
-        predictor: a window (1, C, *patch_size) -> scores (1, K, *patch_size), on `device`.
+        predictor: n windows (n, C, *patch_size) -> scores (n, K, *patch_size), on `device`; n is at most `AT_ONCE`.
         image: (C, X, Y, Z), float; where it is smaller than the window it is padded with zeros, its
             mean after normalisation.
         patch_size: of the window, voxels.
@@ -350,7 +352,7 @@ def scores_by_slab(
         with torch.inference_mode():
             row = image.narrow(1 + axis, start, window)[None].to(device)
             scores = sliding_window_inference(
-                row, tuple(patch_size), 1, predictor, overlap, roi_weight_map=within_row
+                row, tuple(patch_size), AT_ONCE, predictor, overlap, roi_weight_map=within_row
             )[0]
             scores *= along
             total = along.clone()
@@ -371,9 +373,9 @@ def mirrored(predictor: Predictor, axes: Sequence[int]) -> Predictor:
     choices = product((False, True), repeat=len(axes))
     subsets = [[2 + axis for axis in compress(axes, choice)] for choice in choices]
 
-    def mean_of_mirrorings(window: Tensor) -> Tensor:
-        scores = (predictor(window.flip(dims)).flip(dims) for dims in subsets)
-        return sum(scores, start=torch.zeros((), device=window.device)) / len(subsets)
+    def mean_of_mirrorings(windows: Tensor) -> Tensor:
+        scores = (predictor(windows.flip(dims)).flip(dims) for dims in subsets)
+        return sum(scores, start=torch.zeros((), device=windows.device)) / len(subsets)
 
     return mean_of_mirrorings
 

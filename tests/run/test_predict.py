@@ -312,10 +312,10 @@ def test_what_is_there_is_replaced_only_when_asked_and_never_through_a_link(tmp_
 # --- Windows ---------------------------------------------------------------------------------------
 
 
-def scores_of(window):
-    """Scores (1, 3, ...) of a window (1, 1, ...) that depend on the place within it."""
-    ramp = torch.linspace(-1, 1, window[0, 0].numel()).view_as(window)
-    return torch.cat([window, window * ramp, ramp.sin()], dim=1)
+def scores_of(windows):
+    """Scores (n, 3, ...) of windows (n, 1, ...) that depend on the place within them."""
+    ramp = torch.linspace(-1, 1, windows[0].numel()).view_as(windows[:1]).expand_as(windows)
+    return torch.cat([windows, windows * ramp, ramp.sin()], dim=1)
 
 
 def whole(image, patch_size, overlap):
@@ -337,9 +337,10 @@ def test_slabs_are_what_monai_computes_at_once(size, overlap, axis):
     """Also where the image is smaller than the window, along the walked axis or another."""
     image, patch_size, seen = torch.randn(1, *size), (8, 8, 8), []
 
-    def counted(window):
-        seen.append(window)
-        return scores_of(window)
+    def counted(windows):
+        assert len(windows) <= predict.AT_ONCE
+        seen.extend(windows)
+        return scores_of(windows)
 
     slabs = list(predict.scores_by_slab(counted, image, patch_size, "cpu", axis, overlap))
     assert len(seen) == predict.window_count(size, patch_size, overlap)
