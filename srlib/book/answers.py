@@ -25,7 +25,9 @@ QUESTIONS = {
         lambda: log(2) / (0.01 * 2), 0.5, "after n tokens exp(-n 0.01 * 2) is left"
     ),
     "01-neighbours": Question(
-        lambda: 24, 0, "between voxel k and k + 1 of a slice the order visits a voxel of each slice"
+        lambda: 16 * 24,
+        0,
+        "a row of W voxels lies between them, and each of its places is visited in all D slices",
     ),
     "01-tokens": Question(
         lambda: (96 // 2 // 2 // 2) ** 3,

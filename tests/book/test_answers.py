@@ -2,9 +2,14 @@
 
 import nbformat
 import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from srlib import SegResMamba, TriOrientedMamba
 from srlib.book.answers import QUESTIONS, check
 from srlib.files import NOTEBOOKS
+from srlib.scan import token_order
 
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
 
@@ -19,6 +24,27 @@ def test_the_right_answer_is_right_and_others_get_a_hint(name, capsys):
     assert said[0] == "Right."
     assert said[1] == f"Not yet. Think of this: {question.hint}."
     assert said[2].startswith("Put your answer")
+
+
+def test_answers_about_the_network_are_what_the_code_says():
+    step = torch.argsort(token_order("inter_slice", 24 * 32 * 16, nslices=24)).view(24, 32, 16)
+    (apart,) = step.diff(dim=1).abs().unique().tolist()
+    assert QUESTIONS["01-neighbours"].right() == apart
+    with FakeTensorMode(), torch.no_grad():
+        network = SegResMamba(1, 3)
+        tokens = []
+        for layer in network.blocks[1].f3.modules():
+            if isinstance(layer, TriOrientedMamba):
+                layer.register_forward_hook(lambda _, __, out: tokens.append(out.shape[1]))
+        network(torch.empty(1, 1, 96, 96, 96))
+    assert [QUESTIONS["01-tokens"].right()] == tokens
+    undecided = F.cross_entropy(torch.zeros(1, 3), torch.tensor([1])).item()
+    assert QUESTIONS["03-undecided"].right() == pytest.approx(undecided)
+    network = SegResMamba(1, 3, (8, 16, 32, 64))
+    edge = int(QUESTIONS["00-smallest"].right())
+    network(torch.zeros(1, 1, edge, 1, 1))
+    with pytest.raises(ValueError, match="below the minimum"):
+        network(torch.zeros(1, 1, edge - 1, edge - 1, edge - 1))
 
 
 def test_what_is_no_number_and_no_question_is_refused():
