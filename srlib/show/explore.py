@@ -1,6 +1,6 @@
 """Explorers for JupyterLab: controls above a figure that follows them.
 
-Each is a thin shell of ipywidgets over a function of `srlib.show.volumes` that returns a figure; without a
+Each is a thin shell of ipywidgets over a function of `srlib.show.volumes` or `views` that returns a figure; without a
 browser the notebooks show that figure. Every control has a label and is reached and moved by keyboard: Tab goes on
 to the next, arrow keys move a slider. The picture is replaced in one piece, with alt text, and keeps its place.
 """
@@ -21,9 +21,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from srlib.scan import ORDERS, token_order
-from srlib.show.volumes import PLANES, CaseView, case_view, full_window, fullest, order_view
+from srlib.show.views import REACH, influence_view, memory_view, overlap_view, selective_view
+from srlib.show.volumes import (
+    AXIS_LABELS,
+    PLANES,
+    CaseView,
+    case_view,
+    full_window,
+    fullest,
+    order_view,
+)
+from srlib.study.receptive import Influence, ScanMemory
 
 AXES = "DHW"
+WIDE = {"style": {"description_width": "initial"}, "layout": widgets.Layout(width="22em")}
 
 
 class Explorer(widgets.VBox):
@@ -41,7 +52,7 @@ class Explorer(widgets.VBox):
         controls: Mapping[str, Any],
         rows: Sequence[Iterable[Any]],
         draw: Callable[..., tuple[Figure, str]],
-        adjust: Callable[[str], None],
+        adjust: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.controls, self.draw_figure, self.adjust = controls, draw, adjust
         self.picture, self.adjusting = widgets.HTML(), False
@@ -143,6 +154,112 @@ def explore_orders(shape: Sequence[int] = (4, 4, 4)) -> Explorer:
     path, fields = {"order": order, "nslices": nslices, "position": position}, list(ends.values())
     rows = [size.values(), path.values(), fields[:3], fields[3:]]
     return Explorer({**size, **path, **ends}, rows, draw, adjust)
+
+
+def explore_steps(values: Any, marked: Sequence[int]) -> Explorer:
+    """What a scan keeps of a signal (L,) with marked tokens: `selective_view` with controls; the last mark moves."""
+    last = len(values) - 1
+    controls = {
+        "on_mark": _log("Δ on a mark", 5, -2, 1),
+        "elsewhere": _log("Δ elsewhere", 1e-4, -4, 0),
+        "rate": _log("rate -A", 1, -2, 1),
+        "mark": widgets.IntSlider(marked[-1], 0, last, description="last mark at", **WIDE),
+        "at": widgets.IntSlider(last, 0, last, description="look after token", **WIDE),
+    }
+
+    def draw(on_mark: float, elsewhere: float, rate: float, mark: int, at: int) -> tuple:
+        figure = selective_view(values, [*marked[:-1], mark], on_mark, elsewhere, -rate, at)
+        steps = f"Steps {on_mark:.3g} on a mark and {elsewhere:.3g} elsewhere, A = -{rate:.3g}"
+        return figure, f"{steps}; {figure.axes[2].get_title('left')}"
+
+    fields = list(controls.values())
+    return Explorer(controls, [fields[:3], fields[3:]], draw)
+
+
+def explore_memory(image: Any, memories: Callable[[str], Mapping[str, ScanMemory]]) -> Explorer:
+    """A scan played back over a volume (D, H, W): `memory_view` with controls.
+
+    Args:
+        image: of a multiple of the map's size.
+        memories: an order's name -> name of the network -> memory of that scan; each order is asked for once.
+    """
+    memories = lru_cache(memories)
+    length = len(next(iter(memories(ORDERS[0]).values())).visits)
+    order = widgets.Dropdown(options=ORDERS, description="order")
+    step = widgets.IntSlider(length // 2, 0, length - 1, description="step", **WIDE)
+    play = widgets.Play(max=length - 1, value=length // 2, step=length // 150 or 1, interval=400)
+    widgets.jslink((play, "value"), (step, "value"))
+
+    def draw(order: str, step: int) -> tuple:
+        found = memories(order)
+        figure = memory_view(image, found, step)
+        back = min(100, step)
+        left = ", ".join(f"{n} {m.remembered(step)[-1 - back]:.2g}" for n, m in found.items())
+        return (
+            figure,
+            f"Order {order}, step {step} of {length}; still known {back} tokens back: {left}",
+        )
+
+    return Explorer({"order": order, "step": step}, [(order, play, step)], draw)
+
+
+def explore_influence(
+    image: Any, influences: Mapping[str, Mapping[str, Influence]], voxel: Sequence[int]
+) -> Explorer:
+    """What moves the decision at a voxel of an image (D, H, W): `influence_view` with controls.
+
+    Args:
+        image: what the networks were asked about.
+        influences: row -> column -> function as from `srlib.study.receptive.influence`.
+        voxel: the one to begin with.
+    """
+
+    @lru_cache(maxsize=8)
+    def fields(voxel: tuple[int, ...]) -> dict:
+        return {
+            row: {name: of_voxel(voxel) for name, of_voxel in columns.items()}
+            for row, columns in influences.items()
+        }
+
+    plane = widgets.Dropdown(options=list(PLANES), value="axial", description="plane")
+    sliders = {
+        axis: widgets.IntSlider(
+            at, 0, n - 1, description=way.removesuffix(", mm"), continuous_update=False, **WIDE
+        )
+        for axis, at, n, way in zip(AXES, voxel, np.shape(image), AXIS_LABELS, strict=True)
+    }
+
+    def draw(plane: str, **at: int) -> tuple:
+        voxel = tuple(at[axis] for axis in AXES)
+        figure = influence_view(image, fields(voxel), voxel, plane)
+        return figure, f"What moves the decision at voxel {voxel}, {plane} plane"
+
+    return Explorer({"plane": plane, **sliders}, [(plane,), sliders.values()], draw)
+
+
+def explore_overlap() -> Explorer:
+    """One mask dragged over another, thin and compact: `overlap_view` with controls."""
+    controls = {
+        "right": widgets.IntSlider(4, -REACH, REACH, description="right (mm)", **WIDE),
+        "front": widgets.IntSlider(0, -REACH, REACH, description="front (mm)", **WIDE),
+        "grow": widgets.IntSlider(0, -2, 3, description="grow (voxels)", **WIDE),
+        "tolerance": widgets.FloatSlider(
+            2, min=0.5, max=5, step=0.5, description="tolerance of NSD (mm)", **WIDE
+        ),
+    }
+
+    def draw(**values: Any) -> tuple:
+        figure = overlap_view(**values)
+        said = "; ".join(axis.get_title() for axis in figure.axes if axis.get_title())
+        return figure, f"Moved {values['right']} mm right and {values['front']} mm front; {said}"
+
+    fields = list(controls.values())
+    return Explorer(controls, [fields[:2], fields[2:]], draw)
+
+
+def _log(name: str, value: float, low: int, high: int) -> Any:
+    """A slider from 10^low to 10^high."""
+    return widgets.FloatLogSlider(value, min=low, max=high, description=name, **WIDE)
 
 
 def _whole(name: str, value: int, low: int, high: int) -> Any:

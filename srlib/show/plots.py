@@ -1,6 +1,6 @@
 """Figures and tables of a notebook: written down with what they were computed with, and displayed.
 
-`srlib.show.charts` and `srlib.show.volumes` draw the figures; what notebooks use of both can be imported here.
+`srlib.show.charts`, `volumes` and `views` draw the figures; what notebooks use of them can be imported here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from srlib import data, machine, tables
 from srlib.files import atomic_path, results_dir
 from srlib.show.charts import *  # noqa: F403
 from srlib.show.charts import GREY
+from srlib.show.views import *  # noqa: F403
 from srlib.show.volumes import *  # noqa: F403
 
 

@@ -3,20 +3,30 @@
 The field is the absolute gradient of the logits at one voxel with respect to the image, averaged over images and
 classes. It says what a network listens to, not what it could reach: the theoretical receptive field of every network
 here is the whole map, since InstanceNorm alone lets each voxel see the mean of all.
+
+And what a scan remembers: how much of what each token wrote into the state is still in it some steps later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from monai.transforms import ResizeWithPadOrCrop
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from srlib import data
+from srlib.net.model import SegResMamba
+from srlib.net.tom import SUFFIXES, ToMLayer, TriOrientedMamba
+from srlib.scan import channel_norm, token_order
+
+Influence = Callable[[Sequence[int]], NDArray[np.float64]]
 
 
 def effective_field(network: nn.Module, images: Iterable[Tensor]) -> NDArray[np.float64]:
@@ -81,3 +91,143 @@ def centred_images(
     fit = ResizeWithPadOrCrop(size)
     fitted = [fit(dataset.load(case_id)["image"]) for case_id in case_ids]
     return [image.as_tensor() for image in fitted]  # type: ignore[attr-defined]
+
+
+# --- One voxel, with and without parts of the network ----------------------------------------------
+
+
+def influence(network: nn.Module, image: Tensor) -> Influence:
+    """A function from a voxel of the output (D, H, W) to what moves the decision there.
+
+    That is the absolute gradient of the largest logit at the voxel with respect to the image, (D, H, W), summing to 1.
+    The image passes the network once, whatever number of voxels is asked for.
+
+    Args:
+        network: maps (1, C_in, D, H, W) to logits of the same size; its mode is left as it is.
+        image: (C_in, D, H, W) on the network's device.
+    """
+    image = image[None].detach().requires_grad_()
+    logits = network(image)[0]
+
+    def of_voxel(voxel: Sequence[int]) -> NDArray[np.float64]:
+        largest = logits[:, *voxel].max()
+        (gradient,) = torch.autograd.grad(largest, image, retain_graph=True)
+        field = gradient[0].abs().sum(0).double().cpu().numpy()
+        return field / field.sum()
+
+    return of_voxel
+
+
+def without_recurrence(network: nn.Module) -> nn.Module:
+    """A copy of a network whose scans forget their state at each token, its weights as they are."""
+    changed = copy.deepcopy(network)
+    for module in changed.modules():
+        if isinstance(module, TriOrientedMamba):
+            module.recurrence = False
+    return changed
+
+
+def without_tom(network: SegResMamba) -> SegResMamba:
+    """A copy of a network that leaves its ToM layers out, its other weights as they are."""
+    changed = copy.deepcopy(network)
+    for block in changed.blocks:
+        block.register_module("f3", None)
+        block.tom = nn.Identity()
+    return changed
+
+
+# --- What a scan remembers -------------------------------------------------------------------------
+
+
+class ScanInputs(NamedTuple):
+    """What one order of a ToM layer computes from the tokens, in the order of the visits.
+
+    Attributes:
+        visits: (L,), the places in memory of the tokens visited.
+        u, delta: (E, L).
+        A: (E, N), negative.
+        B, C: (N, L).
+    """
+
+    visits: Tensor
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+
+
+@torch.no_grad()
+def scan_inputs(layer: TriOrientedMamba, tokens: Tensor, order: str, nslices: int) -> ScanInputs:
+    """The arguments with which a ToM layer calls one of its scans, for tokens (L, C)."""
+    s = SUFFIXES[order]
+    visits = token_order(order, len(tokens), nslices, tokens.device)
+    x = F.linear(tokens[visits], layer.in_proj.weight.chunk(2)[0]).T  # (E, L)
+    u = F.silu(layer.get_submodule(f"conv1d{s}")(x[None])[0, :, : len(visits)])
+    widths = [layer.dt_rank, layer.d_state, layer.d_state]
+    dt, B, C = layer.get_submodule(f"x_proj{s}")(u.T).split(widths, dim=1)
+    delta = F.softplus(layer.get_submodule(f"dt_proj{s}")(dt)).T
+    return ScanInputs(visits, u, delta, -layer.get_parameter(f"A{s}_log").exp(), B.T, C.T)
+
+
+class ScanMemory(NamedTuple):
+    """What a scan wrote into its states, and how time passed for them.
+
+    Attributes:
+        shape: (D, H, W) of the map.
+        visits: (L,), the places in memory of the tokens visited.
+        written: (L, E, N), absolute values of delta B u.
+        time: (L, E), sums of delta up to each token.
+        A: (E, N), negative.
+    """
+
+    shape: tuple[int, ...]
+    visits: Tensor
+    written: Tensor
+    time: Tensor
+    A: Tensor
+
+    def remembered(self, step: int) -> NDArray[np.float32]:
+        """The share of what each token wrote that is in the state after a step, in order of the visits, (step + 1,).
+
+        A token writes delta B u into each state; by step t exp(A (time since)) of it is left. The share is the sum
+        of what is left over the sum of what was written, in absolute values.
+        """
+        since = self.time[step] - self.time[: step + 1]  # (step + 1, E)
+        left = (since[:, :, None] * self.A).exp_().mul_(self.written[: step + 1])
+        return (left.sum((1, 2)) / self.written[: step + 1].sum((1, 2))).cpu().numpy()
+
+    def as_map(self, step: int) -> NDArray[np.float32]:
+        """`remembered` at the voxels' places (D, H, W); NaN where the scan has not been yet."""
+        volume = np.full(len(self.visits), np.nan, dtype=np.float32)
+        volume[self.visits[: step + 1].cpu().numpy()] = self.remembered(step)
+        return volume.reshape(self.shape)
+
+
+@torch.no_grad()
+def scan_memory(
+    network: SegResMamba, image: Tensor, order: str = "forward", stage: int = 0
+) -> ScanMemory:
+    """The memory of one scan of a stage's outer ToM layer while the network reads an image.
+
+    Args:
+        network: with outer ToM layers that have a recurrence.
+        image: (C_in, D, H, W) on the network's device.
+        order: one of `srlib.scan.ORDERS`.
+        stage: of the encoder, 0 to 3.
+    """
+    layer, maps = network.blocks[stage].tom, []
+    if not isinstance(layer, ToMLayer) or not layer.mamba.recurrence:
+        raise ValueError(f"network: stage {stage} has no outer ToM layer with a recurrence")
+    hook = layer.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0]))
+    try:
+        network.encode(image[None])
+    finally:
+        hook.remove()
+    tokens = channel_norm(maps[0], layer.norm)[0]
+    shape = tuple(maps[0].shape[2:])
+    visits, u, delta, A, B, _ = scan_inputs(
+        layer.mamba, tokens, order, layer.mamba.nslices or shape[0]
+    )
+    written = ((delta * u).T[:, :, None] * B.T[:, None]).abs()
+    return ScanMemory(shape, visits, written, delta.T.cumsum(0), A)

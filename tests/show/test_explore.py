@@ -6,10 +6,13 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from srlib.show import explore
+from srlib.scan import ORDERS, token_order
+from srlib.show import explore, views
 from srlib.show.volumes import CaseView
+from srlib.study.receptive import ScanMemory
 
 CLASSES = ("grey matter", "white matter")
 
@@ -31,6 +34,44 @@ def cases():
 @pytest.fixture
 def orders():
     return explore.explore_orders()
+
+
+def memory(order: str, rate: float) -> ScanMemory:
+    """Of a map (4, 6, 5) with two channels of one state, for which time passes evenly."""
+    shape, length = (4, 6, 5), 120
+    time = torch.arange(1.0, length + 1)[:, None].expand(-1, 2)
+    written = torch.ones(length, 2, 1)
+    return ScanMemory(
+        shape, token_order(order, length, 4), written, time, torch.full((2, 1), -rate)
+    )
+
+
+@pytest.fixture
+def steps():
+    return explore.explore_steps(np.random.default_rng(0).normal(size=60), [5, 20, 40])
+
+
+@pytest.fixture
+def memories():
+    image = np.random.default_rng(0).normal(size=(8, 12, 10))
+    return explore.explore_memory(
+        image, lambda order: {"slow": memory(order, 0.01), "fast": memory(order, 0.1)}
+    )
+
+
+@pytest.fixture
+def influences():
+    def of_voxel(voxel):
+        asked.append(voxel)
+        field = np.full((6, 8, 7), 1e-6)
+        field[*voxel] = 1
+        return field
+
+    asked = []
+    rows = {row: {"whole": of_voxel, "no ToM": of_voxel} for row in ("random", "trained")}
+    explorer = explore.explore_influence(np.zeros((6, 8, 7)), rows, (3, 4, 3))
+    explorer.asked = asked
+    return explorer
 
 
 def alt(explorer) -> str:
@@ -62,6 +103,46 @@ def test_each_control_changes_the_picture(cases, orders):
         "AW": 2,
     }.items():
         assert changed(orders, name, value), name
+
+
+def test_each_control_of_the_course_changes_the_picture(steps, memories, influences):
+    for name, value in {
+        "on_mark": 1.0,
+        "elsewhere": 0.1,
+        "rate": 3.0,
+        "mark": 30,
+        "at": 25,
+    }.items():
+        assert changed(steps, name, value), name
+    for name, value in {"step": 30, "order": "inter_slice"}.items():
+        assert changed(memories, name, value), name
+    for name, value in {"D": 1, "H": 6, "W": 2, "plane": "sagittal"}.items():
+        assert changed(influences, name, value), name
+
+
+def test_a_dragged_mask_changes_the_picture():
+    overlap = explore.explore_overlap()
+    for name, value in {"right": 6, "front": -3, "grow": 1, "tolerance": 4.0}.items():
+        assert changed(overlap, name, value), name
+    now = views.overlap("thin", 6, -3, 1, 4.0)
+    assert f"thin: Dice {now['dice']:.2f}, NSD {now['nsd']:.2f}" in alt(overlap)
+
+
+def test_an_influence_is_computed_once_for_each_voxel(influences):
+    assert influences.asked == [(3, 4, 3)] * 4
+    influences.controls["plane"].value = "coronal"
+    assert len(influences.asked) == 4
+    influences.controls["H"].value = 2
+    assert influences.asked[4:] == [(3, 2, 3)] * 4
+
+
+def test_memory_says_what_is_left(memories):
+    memories.controls["step"].value = 50
+    assert "Order forward, step 50 of 120" in alt(memories)
+    left = f"slow {np.exp(-0.01 * 50):.2g}, fast {np.exp(-0.1 * 50):.2g}"
+    assert f"still known 50 tokens back: {left}" in alt(memories)
+    memories.controls["order"].value = ORDERS[1]
+    assert "Order reverse" in alt(memories)
 
 
 def test_another_case_or_plane_starts_where_there_is_most_to_see(cases):
@@ -97,8 +178,8 @@ def test_voxels_and_position_stay_within_a_smaller_grid(orders):
     assert "A = [1, 0, 0] and B = [1, 0, 0]: forward: 0 apart" in alt(orders)
 
 
-def test_each_control_has_a_label(cases, orders):
-    for explorer in (cases, orders):
+def test_each_control_has_a_label(cases, orders, steps, memories, influences):
+    for explorer in (cases, orders, steps, memories, influences, explore.explore_overlap()):
         labels = [control.description for control in explorer.controls.values()]
         assert all(labels)
         assert len(set(labels)) == len(labels)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from srlib.net.model import SegResMamba
+from srlib.net.model import FEATURES, SegResMamba
+from srlib.net.tom import TriOrientedMamba
+from srlib.scan import ORDERS, selective_scan
 from srlib.study import receptive
 
 SPACING = (1.0, 1.0, 1.0)
@@ -87,3 +89,79 @@ def test_images_lie_in_the_middle_of_one_size():
     assert fitted.shape == (1, 9, 8, 7)
     assert fitted.sum() == 5 * 8 * 7
     assert fitted[0, 2:7].min() == 1
+
+
+# --- One voxel, with and without parts -------------------------------------------------------------
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    return SegResMamba(1, 3, FEATURES["tiny"], **options).eval()
+
+
+def test_influence_is_the_gradient_of_the_largest_logit_for_every_voxel_asked_for():
+    conv = nn.Conv3d(1, 2, 3, padding=1)
+    nn.init.zeros_(conv.weight)
+    with torch.no_grad():
+        conv.bias[:] = torch.tensor([0.0, 9.0])
+        conv.weight[0, 0, 1, 1, 0], conv.weight[1, 0, 1, 1, 2] = 1.0, -0.1
+    of_voxel = receptive.influence(conv, image(5, 6, 7))
+    for voxel in ((1, 2, 3), (4, 0, 0)):
+        expected = np.zeros((5, 6, 7))
+        expected[voxel[0], voxel[1], voxel[2] + 1] = 1
+        np.testing.assert_array_equal(of_voxel(voxel), expected)
+
+
+def test_a_network_without_a_part_computes_what_one_built_without_it_computes():
+    network, x = tiny(), image(48, 32, 32)[None]
+    built = tiny(recurrence=False)
+    built.load_state_dict(network.state_dict(), strict=False)
+    bare = tiny(tom="none")
+    bare.load_state_dict(network.state_dict(), strict=False)
+    with torch.no_grad():
+        whole = network(x)
+        torch.testing.assert_close(receptive.without_recurrence(network)(x), built(x))
+        torch.testing.assert_close(receptive.without_tom(network)(x), bare(x))
+        torch.testing.assert_close(network(x), whole)  # copies were changed
+
+
+# --- What a scan remembers -------------------------------------------------------------------------
+
+
+def test_a_layer_s_scans_are_called_with_the_inputs_that_are_told():
+    torch.manual_seed(0)
+    layer, tokens = TriOrientedMamba(16), torch.randn(24, 16)
+    _, gate = layer.in_proj(tokens).chunk(2, dim=-1)
+    total = 0
+    for order, suffix in zip(ORDERS, ("", "_b", "_s"), strict=True):
+        visits, u, delta, A, B, C = receptive.scan_inputs(layer, tokens, order, 4)
+        D = layer.get_parameter(f"D{suffix}")
+        y = selective_scan(u[None], delta[None], A, B[None], C[None], D, delta_softplus=False)
+        total = total + y[0].T[torch.argsort(visits)]
+    by_hand = layer.out_proj(total * torch.nn.functional.silu(gate))
+    torch.testing.assert_close(by_hand, layer(tokens[None], depth=4)[0])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_scan_remembers_what_the_recurrence_leaves_of_a_token(order):
+    network, x = tiny(), image(48, 32, 32)
+    memory = receptive.scan_memory(network, x, order)
+    assert memory.shape == (24, 16, 16)
+    step, j = 300, 291
+    h = memory.written[j].clone()
+    for t in range(j + 1, step + 1):  # no later token is added: what is left is the token's own
+        h = h * torch.exp((memory.time[t] - memory.time[t - 1])[:, None] * memory.A)
+    share = float(h.sum() / memory.written[j].sum())
+    remembered = memory.remembered(step)
+    assert remembered[j] == pytest.approx(share, rel=1e-4)
+    assert remembered[-1] == pytest.approx(1)
+    assert 0 < share < 1
+    volume = memory.as_map(step)
+    assert np.isfinite(volume).sum() == step + 1
+    place = np.unravel_index(int(memory.visits[j]), memory.shape)
+    assert volume[place] == remembered[j]
+
+
+def test_a_network_without_a_scan_has_no_memory():
+    with pytest.raises(ValueError, match="stage 0 has no outer ToM layer with a recurrence"):
+        receptive.scan_memory(tiny(tom="inner"), image(32, 32, 32))
