@@ -7,6 +7,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
@@ -14,8 +15,9 @@ from PIL import Image
 
 from srlib.data import cue
 from srlib.scan import ORDERS, token_order
-from srlib.show import charts, plots, volumes
+from srlib.show import charts, plots, views, volumes
 from srlib.study import claims
+from srlib.study.receptive import ScanMemory
 
 SHAPE, CLASSES, SPACING = (8, 10, 6), ("grey matter", "white matter"), (1.0, 2.0, 3.0)
 RANDOM = np.random.default_rng(0)
@@ -92,6 +94,18 @@ def draw_paths():
     return volumes.scan_paths((4, 4, 4), {name: token_order(name, 64, 4) for name in ORDERS})
 
 
+def draw_memory():
+    time = torch.arange(1.0, 121)[:, None]
+    visits, ones = token_order("forward", 120, 4), torch.ones(120, 1, 1)
+    memory = ScanMemory((4, 6, 5), visits, ones, time, torch.full((1, 1), -0.1))
+    return views.memory_view(VOLUME[:, :6, :5], dict.fromkeys(("random", "trained"), memory), 60)
+
+
+def draw_influence():
+    fields = {"whole": np.abs(VOLUME), "no ToM": VOLUME**2}
+    return views.influence_view(VOLUME, dict.fromkeys(("random", "trained"), fields), (3, 4, 2))
+
+
 FIGURES = {
     "signals": draw_signals,
     "heat_maps": draw_heat_maps,
@@ -115,6 +129,10 @@ FIGURES = {
     "surface_map": lambda: volumes.surface_map(VOLUME, DISTANCES, SPACING),
     "scan_paths": draw_paths,
     "order_view": draw_order,
+    "selective_view": lambda: views.selective_view(VOLUME.ravel()[:60], [5, 30], 5, 0.01, -1, 50),
+    "memory_view": draw_memory,
+    "influence_view": draw_influence,
+    "overlap_view": lambda: views.overlap_view(4, grow=1),
 }
 
 
@@ -138,11 +156,10 @@ def displayed(monkeypatch):
 
 
 def test_each_figure_is_drawn_here():
-    found = {**vars(charts), **vars(volumes)}.items()
+    found = {**vars(charts), **vars(volumes), **vars(views)}.items()
     annotated = {name: getattr(value, "__annotations__", {}) for name, value in found}
-    assert {name for name, kinds in annotated.items() if kinds.get("return") == "Figure"} == set(
-        FIGURES
-    )
+    drawing = {name for name, kinds in annotated.items() if kinds.get("return") == "Figure"}
+    assert {name for name in drawing if not name.startswith("_")} == set(FIGURES)
 
 
 @pytest.mark.parametrize("name", FIGURES)
