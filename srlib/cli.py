@@ -210,7 +210,6 @@ def lab(context: typer.Context) -> None:
     from srlib.run.profiles import current
 
     os.chdir(files.NOTEBOOKS)
-    os.environ["SRLIB_INTERACTIVE"] = "1"
     with kernel_environment(current().name), TemporaryDirectory() as folder:
         quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
         Path(folder, "overrides.json").write_text(json.dumps(quiet))

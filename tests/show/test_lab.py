@@ -42,6 +42,10 @@ from srlib.show.volumes import CaseView
 labels = np.pad(np.ones((4, 4, 4), int), 3)
 display(explore_cases(lambda _: CaseView(labels, {"reference": labels}), ["one"], ["cube"], (1, 1, 1)))
 display(explore_orders())"""
+PARAMETERS = """import json
+(cell,) = (c for c in json.load(open("00_start_here.ipynb"))["cells"] if "parameters" in c["metadata"].get("tags", []))
+exec("".join(cell["source"]))
+print(INTERACTIVE)"""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,8 @@ def lab(tmp_path_factory):
     folder.mkdir()
     shutil.copy(files.NOTEBOOKS / "00_start_here.ipynb", folder)
     python = {"kernelspec": {"name": "python3", "display_name": "any", "language": "python"}}
-    explorers = new_notebook(cells=[new_code_cell(EXPLORERS)], metadata=python)
+    cells = [new_code_cell(EXPLORERS), new_code_cell(PARAMETERS)]
+    explorers = new_notebook(cells=cells, metadata=python)
     nbformat.write(explorers, folder / "explorers.ipynb")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -59,7 +64,8 @@ def lab(tmp_path_factory):
     command = [sys.executable, "-m", "srlib", "lab", "--no-browser", "--allow-root"]
     command += [f"--ServerApp.root_dir={folder}", f"--ServerApp.port={port}"]
     command += ["--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True"]
-    environment = os.environ | {"PYTHONPATH": str(files.ROOT), "SRLIB_PROFILE": "smoke"}
+    environment = {name: value for name, value in os.environ.items() if name != "SRLIB_INTERACTIVE"}
+    environment |= {"PYTHONPATH": str(files.ROOT), "SRLIB_PROFILE": "smoke"}
     log = (folder.parent / "log").open("w")
     server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
@@ -114,8 +120,9 @@ def test_lab_opens_at_the_start(tab):
 def test_the_explorers_follow_their_sliders(tab):
     tab.goto("/lab/tree/explorers.ipynb?reset")
     tab.wait_for_function(CONNECTED)
-    (cell,) = tab.evaluate(RUN_ALL)
+    cell, opened = tab.evaluate(RUN_ALL)
     assert [output["output_type"] for output in cell["outputs"]] == ["display_data"] * 2
+    assert [output["text"] for output in opened["outputs"]] == ["True\n"]  # no variable is set
     before, after = move(tab, "position", "ArrowLeft")
     assert before.startswith("Order inter_slice up to step 63 in a grid of [4, 4, 4]")
     assert after.startswith("Order inter_slice up to step 62 in a grid of [4, 4, 4]")
