@@ -59,7 +59,7 @@ def test_lock_holds_an_exact_version_in_range_of_every_dependency():
             assert hashes or pin.startswith("torch=="), f"{pin} has no hash"
             pins.setdefault(canonicalize_name(Requirement(pin).name), []).append(specifier.version)
     assert pins["torch"] == ["2.13.0"]
-    for name, requirement in requirements("dev", "measure", "dask", "slurm", "export").items():
+    for name, requirement in requirements("dev", "measure", "dask", "slurm", "export", "view").items():
         assert name in pins, f"no lock holds {name}"
         for version in pins[name]:
             assert version in requirement.specifier, f"{name} {version}"
@@ -71,7 +71,7 @@ def test_conda_environment_asks_for_what_pyproject_asks_for():
     conda = {entry for entry in listed if isinstance(entry, str)}
     found = (conda | set(pip)) - {"pip", "pytorch-cpu", "--editable ."}
     expected = {f"python{PROJECT['requires-python']}"}
-    for name, requirement in requirements("dev", "dask", "slurm", "export").items():
+    for name, requirement in requirements("dev", "dask", "slurm", "export", "view").items():
         expected.add(f"{CONDA_NAMES.get(name, name)}{requirement.specifier}")
     assert {canonical(entry) for entry in found} == {canonical(entry) for entry in expected}
 
@@ -83,13 +83,13 @@ def canonical(entry: str) -> tuple[str, str]:
 
 def test_each_dependency_says_what_needs_it():
     text = (ROOT / "pyproject.toml").read_text()
-    for name in requirements("dev", "gpu", "measure", "dask", "slurm", "export", "nnunet"):
+    for name in requirements("dev", "gpu", "measure", "dask", "slurm", "export", "nnunet", "view"):
         (line,) = (row for row in text.splitlines() if f'"{name}>=' in row)
         assert re.search(r"# \w.{15,}", line), line
 
 
 def test_srlib_imports_only_what_is_declared():
-    declared = set(requirements("gpu", "measure", "dask", "slurm", "export", "nnunet")) | {
+    declared = set(requirements("gpu", "measure", "dask", "slurm", "export", "nnunet", "view")) | {
         "triton"
     }  # comes with torch where it can run
     owners = packages_distributions()

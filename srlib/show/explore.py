@@ -16,11 +16,14 @@ from math import prod
 from typing import Any
 
 import ipywidgets as widgets
+import nibabel as nib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from srlib.scan import ORDERS, token_order
+from srlib.show.charts import CLASS_COLOURS
 from srlib.show.views import REACH, influence_view, memory_view, overlap_view, selective_view
 from srlib.show.volumes import (
     AXIS_LABELS,
@@ -122,6 +125,45 @@ def explore_cases(
     adjust("case")
     controls = {"case": case, "plane": plane, "at": at, "width": width, "level": level, **toggles}
     return Explorer(controls, [(case, plane, at), (width, level), toggles.values()], draw, adjust)
+
+
+def view_case(case: CaseView, classes: Sequence[str], spacing: Sequence[float]) -> Any:
+    """The first label map over its image in a radiological viewer: crosshair, three planes and 3D (ipyniivue).
+
+    The viewer comes with its package and fetches nothing. As in a radiology department, the patient's right is on the
+    left; dragging with the right mouse button sets the window.
+
+    Args:
+        case: image and labels (D, H, W) in RAS order.
+        classes: names of the labels 1, 2, ...
+        spacing: of the voxels, in mm.
+
+    Raises:
+        ImportError: without the extra `view`.
+    """
+    try:
+        from ipyniivue import NiiVue, ShowRender, SliceType
+    except ImportError as error:
+        raise ImportError("view_case needs ipyniivue: pip install -e '.[view]'") from error
+    width, level = full_window(case.image)
+    labels = np.asarray(next(iter(case.labels.values())), dtype=np.uint8)
+    image = {"name": "image.nii", "data": _nifti(np.asarray(case.image, np.float32), spacing)}
+    window = {"cal_min": level - width / 2, "cal_max": level + width / 2}
+    over = {"name": "labels.nii", "data": _nifti(labels, spacing), "opacity": 0.4}
+    viewer = NiiVue(height=480, multiplanar_show_render=ShowRender.ALWAYS)
+    viewer.opts.is_radiological_convention = True
+    viewer.load_volumes([image | window, over])
+    colours = [to_rgba(CLASS_COLOURS[k % 7]) for k in range(len(classes))]
+    table = np.round(255 * np.array([(0, 0, 0, 0), *colours])).astype(int).T
+    lookup: dict[str, Any] = dict(zip("RGBA", table.tolist(), strict=True))
+    viewer.volumes[1].set_colormap_label(lookup | {"labels": ["background", *classes]})
+    viewer.set_slice_type(SliceType.MULTIPLANAR)
+    return viewer
+
+
+def _nifti(volume: np.ndarray, spacing: Sequence[float]) -> bytes:
+    """A NIfTI file of a volume in RAS order."""
+    return nib.Nifti1Image(volume, np.diag([*spacing, 1.0])).to_bytes()
 
 
 def explore_orders(shape: Sequence[int] = (4, 4, 4)) -> Explorer:

@@ -3,7 +3,9 @@
 import base64
 import io
 import re
+import sys
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -183,3 +185,22 @@ def test_each_control_has_a_label(cases, orders, steps, memories, influences):
         labels = [control.description for control in explorer.controls.values()]
         assert all(labels)
         assert len(set(labels)) == len(labels)
+
+
+def test_the_viewer_gets_a_file_of_the_image_and_one_of_the_labels():
+    pytest.importorskip("ipyniivue", reason='needs the extra "view": ipyniivue')
+    viewer = explore.view_case(load("small"), CLASSES, (1.0, 2.0, 3.0))
+    image, labels = (nib.Nifti1Image.from_bytes(bytes(volume.data)) for volume in viewer.volumes)
+    assert image.header.get_zooms() == labels.header.get_zooms() == (1, 2, 3)
+    np.testing.assert_allclose(image.get_fdata(), load("small").image, rtol=1e-6)
+    assert np.array_equal(labels.dataobj, load("small").labels["reference"])
+    assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
+    assert viewer.opts.is_radiological_convention
+
+
+def test_without_the_viewer_s_package_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipyniivue", None)
+    with pytest.raises(
+        ImportError, match=r"view_case needs ipyniivue: pip install -e '\.\[view\]'"
+    ):
+        explore.view_case(load("small"), CLASSES, (1.0, 2.0, 3.0))
