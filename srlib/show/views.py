@@ -18,7 +18,7 @@ from scipy.ndimage import binary_dilation, binary_erosion, shift
 
 from srlib.run import evaluate
 from srlib.scan import selective_scan
-from srlib.show.charts import BLUE, GREY, METRIC_LABELS, ORANGE, SKY, VERMILLION, subplots
+from srlib.show.charts import BLUE, GREY, METRIC_LABELS, ORANGE, VERMILLION, subplots
 from srlib.show.volumes import AXIS_LABELS, PLANES
 from srlib.study.receptive import ScanMemory
 
@@ -48,7 +48,8 @@ def selective_view(
 ) -> Figure:
     """A scan with one state over a signal with marks: input, state, and what of each token is in the state.
 
-    B is one over the step on a mark, so that a marked token is written in with weight 1.
+    B is one over the step on a mark, so that a marked token is written in with weight 1. Weights below 1e-5 are not
+    drawn.
 
     Args:
         values: (L,) the signal u.
@@ -72,8 +73,8 @@ def selective_view(
         wanted = u[np.array(past)][np.searchsorted(past, tokens[past[0] :], side="right") - 1]
         style = {"color": ORANGE, "ls": "--", "drawstyle": "steps-post"}
         axes[1].plot(tokens[past[0] :], wanted, **style, label="the last marked value")
-    colours = [VERMILLION if j in past else SKY for j in tokens]
-    axes[2].bar(tokens + 0.5, weights, width=1, color=colours)
+    for shown, colour in ((tokens <= at, BLUE), (np.isin(tokens, past), VERMILLION)):
+        axes[2].plot(tokens[shown], weights[shown], "o", ms=4, color=colour)
     last = weights[past[-1]] if past else 0.0
     earlier = weights[past[:-1]].sum()
     rest = weights.sum() - last - earlier
@@ -82,12 +83,12 @@ def selective_view(
         f"{earlier:.2f}, all others together {rest:.2f}",
         loc="left",
     )
-    for axis, label in zip(axes, ("input u", "state h", "weight of a token"), strict=True):
+    for axis, label in zip(axes, ("input u", "state h", "weight in it"), strict=True):
         axis.axvline(at + 0.5, color=GREY, lw=1, ls=":")
         axis.set(ylabel=label)
     for axis in axes[:2]:
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    axes[2].set(xlabel="token", ylim=(0, max(1.05, 1.05 * weights.max())), xlim=(0, len(u)))
+    axes[2].set(xlabel="token", xlim=(0, len(u)), yscale="log", ylim=(1e-5, 5))
     return _fixed(figure)
 
 
@@ -119,9 +120,9 @@ def memory_view(image: ArrayLike, memories: Mapping[str, ScanMemory], step: int)
     sides = {plane: [k for k in range(3) if k != cut] for plane, cut in PLANES.items()}
     widths = [first.shape[across] for across, _ in sides.values()]
     tall = max(first.shape[up] for _, up in sides.values()) * 3.9 / sum(widths) + 0.3  # inches
-    height = tall * len(memories) + 1.4
+    height = tall * len(memories) + 1.55
     figure = Figure(figsize=(7.5, height))
-    span = {"top": 1 - 0.3 / height, "bottom": 1.1 / height}
+    span = {"top": 1 - 0.3 / height, "bottom": 1.25 / height}
     planes = {"left": 0.09, "right": 0.66, "width_ratios": widths, "wspace": 0.3, "hspace": 0.1}
     grid = figure.add_gridspec(len(memories), 3, **planes, **span)
     ages = figure.add_subplot(figure.add_gridspec(1, 1, left=0.76, right=0.98, **span)[0])
@@ -151,7 +152,7 @@ def memory_view(image: ArrayLike, memories: Mapping[str, ScanMemory], step: int)
     ages.set(xscale="log", yscale="log", xlim=(1, len(first.visits)), ylim=(10.0**-DECADES, 1.3))
     ages.set(xlabel="tokens back (1: itself)", ylabel="share still remembered")
     ages.legend(loc="upper right", borderaxespad=0)
-    bar = figure.add_axes((0.15, 0.62 / height, 0.45, 0.1 / height))
+    bar = figure.add_axes((0.15, 0.77 / height, 0.45, 0.1 / height))
     ticks = range(-DECADES, 1)
     figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=ticks)
     bar.set_xticklabels([f"{10.0**tick:g}" for tick in ticks])

@@ -15,7 +15,7 @@ from PIL import Image
 
 from srlib.data import cue
 from srlib.scan import ORDERS, token_order
-from srlib.show import charts, plots, views, volumes
+from srlib.show import charts, diagrams, plots, views, volumes
 from srlib.study import claims
 from srlib.study.receptive import ScanMemory
 
@@ -129,6 +129,13 @@ FIGURES = {
     "surface_map": lambda: volumes.surface_map(VOLUME, DISTANCES, SPACING),
     "scan_paths": draw_paths,
     "order_view": draw_order,
+    "network_diagram": lambda: diagrams.network_diagram(
+        (48,) * 3, [(8 * 2**s, *[24 // 2**s] * 3) for s in range(4)]
+    ),
+    "tom_diagram": diagrams.tom_diagram,
+    "cmmb_diagram": lambda: diagrams.cmmb_diagram(
+        {name: (8, 12, 12, 12) for name in ("X", "F1", "F2", "F3", "F4", "F5", "F6", "F_out")}
+    ),
     "selective_view": lambda: views.selective_view(VOLUME.ravel()[:60], [5, 30], 5, 0.01, -1, 50),
     "memory_view": draw_memory,
     "influence_view": draw_influence,
@@ -156,7 +163,7 @@ def displayed(monkeypatch):
 
 
 def test_each_figure_is_drawn_here():
-    found = {**vars(charts), **vars(volumes), **vars(views)}.items()
+    found = [pair for of in (charts, diagrams, volumes, views) for pair in vars(of).items()]
     annotated = {name: getattr(value, "__annotations__", {}) for name, value in found}
     drawing = {name for name, kinds in annotated.items() if kinds.get("return") == "Figure"}
     assert {name for name in drawing if not name.startswith("_")} == set(FIGURES)

@@ -27,9 +27,10 @@ def test_a_large_step_on_marks_keeps_the_last_one():
     assert title.startswith(
         "in the state after token 25: last marked token 1.00, marked ones before it 0.01"
     )
-    bars = [bar.get_height() for bar in figure.axes[2].patches]
-    assert bars[20] == max(bars)
-    assert bars[30] == 0  # not read yet
+    all_read, marked = (line.get_xydata() for line in figure.axes[2].lines[:2])
+    assert marked[:, 0].tolist() == [3, 20]  # the third has not been read yet
+    assert all_read[all_read[:, 1].argmax()].tolist() == [20, pytest.approx(1, abs=0.01)]
+    assert len(all_read) == 26
     constant = views.selective_view(U, [3, 20, 30], 0.3, 0.3, -1.0, 25)
     assert "last marked token 0.22" in constant.axes[2].get_title("left")  # exp(-5 * 0.3)
 
