@@ -134,7 +134,7 @@ FIGURES = {
     ),
     "tom_diagram": diagrams.tom_diagram,
     "cmmb_diagram": lambda: diagrams.cmmb_diagram(
-        {name: (8, 12, 12, 12) for name in ("X", "F1", "F2", "F3", "F4", "F5", "F6", "F_out")}
+        dict.fromkeys(("X", "F1", "F2", "F3", "F4", "F5", "F6", "F_out"), (8, 12, 12, 12))
     ),
     "selective_view": lambda: views.selective_view(VOLUME.ravel()[:60], [5, 30], 5, 0.01, -1, 50),
     "memory_view": draw_memory,
