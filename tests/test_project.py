@@ -73,7 +73,7 @@ def test_conda_environment_asks_for_what_pyproject_asks_for():
     conda = {entry for entry in listed if isinstance(entry, str)}
     found = (conda | set(pip)) - {"pip", "pytorch-cpu", "--editable ."}
     expected = {f"python{PROJECT['requires-python']}"}
-    for name, requirement in requirements("dev", "dask", "slurm", "export", "view").items():
+    for name, requirement in requirements("dev", "dask", "slurm", "export").items():
         expected.add(f"{CONDA_NAMES.get(name, name)}{requirement.specifier}")
     assert {canonical(entry) for entry in found} == {canonical(entry) for entry in expected}
 
