@@ -60,7 +60,7 @@ def test_lock_holds_an_exact_version_in_range_of_every_dependency():
             pins.setdefault(canonicalize_name(Requirement(pin).name), []).append(specifier.version)
     assert pins["torch"] == ["2.13.0"]
     for name, requirement in requirements(
-        "dev", "measure", "dask", "slurm", "export", "view"
+        "dev", "measure", "dask", "slurm", "export"
     ).items():
         assert name in pins, f"no lock holds {name}"
         for version in pins[name]:
