@@ -59,9 +59,7 @@ def test_lock_holds_an_exact_version_in_range_of_every_dependency():
             assert hashes or pin.startswith("torch=="), f"{pin} has no hash"
             pins.setdefault(canonicalize_name(Requirement(pin).name), []).append(specifier.version)
     assert pins["torch"] == ["2.13.0"]
-    for name, requirement in requirements(
-        "dev", "measure", "dask", "slurm", "export"
-    ).items():
+    for name, requirement in requirements("dev", "measure", "dask", "slurm", "export").items():
         assert name in pins, f"no lock holds {name}"
         for version in pins[name]:
             assert version in requirement.specifier, f"{name} {version}"
