@@ -37,7 +37,7 @@ from srlib.show.volumes import (
 from srlib.study.receptive import Influence, ScanMemory
 
 AXES = "DHW"
-WIDE = {"style": {"description_width": "initial"}, "layout": widgets.Layout(width="22em")}
+WIDE = {"style": {"description_width": "initial"}, "layout": widgets.Layout(width="25em")}
 
 
 class Explorer(widgets.VBox):
@@ -82,7 +82,8 @@ class Explorer(widgets.VBox):
         png = io.BytesIO()
         FigureCanvasAgg(figure).print_png(png, pil_kwargs={"compress_level": 1})
         data = base64.b64encode(png.getvalue()).decode()
-        self.picture.value = f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+        fit = 'style="max-width: 100%; height: auto"'
+        self.picture.value = f'<img {fit} alt="{escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def explore_cases(
@@ -226,10 +227,15 @@ def explore_memory(image: Any, memories: Callable[[str], Mapping[str, ScanMemory
         memories: an order's name -> name of the network -> memory of that scan; each order is asked for once.
     """
     memories = lru_cache(memories)
-    length = len(next(iter(memories(ORDERS[0]).values())).visits)
+    first = next(iter(memories(ORDERS[0]).values()))
+    length, middle = (
+        len(first.visits),
+        np.ravel_multi_index([n // 2 for n in first.shape], first.shape),
+    )
+    start = int((first.visits == int(middle)).nonzero())  # in the middle there is something to see
     order = widgets.Dropdown(options=ORDERS, description="order")
-    step = widgets.IntSlider(length // 2, 0, length - 1, description="step", **WIDE)
-    play = widgets.Play(max=length - 1, value=length // 2, step=length // 150 or 1, interval=400)
+    step = widgets.IntSlider(start, 0, length - 1, description="step", **WIDE)
+    play = widgets.Play(max=length - 1, value=start, step=length // 150 or 1, interval=400)
     widgets.jslink((play, "value"), (step, "value"))
 
     def draw(order: str, step: int) -> tuple:

@@ -1,6 +1,7 @@
 """The pages: complete, readable without a network, accessible."""
 
 import base64
+import json
 import re
 import shutil
 from pathlib import Path
@@ -15,9 +16,10 @@ from PIL import Image, PngImagePlugin
 from srlib.book import pages
 
 ALT = 'a "small" figure & <more>'
-LINKS = "## Next\n\n[The second](01_second.ipynb#part), back to [the first](../00_first.ipynb)."
+LINKS = "## Next\n\n[The second](01_second.ipynb#Next), back to [the first](../00_first.ipynb)."
 CODE = "# a comment\n@decorate\ndef f(x):\n    return 1 + x**0.5 if x in [2] else 'text'"
 TABLES = ["tables/00-one.csv"]
+OTHERS = ("notebooks/00_first.html", "notebooks/01_second.html", "glossary.html", "search.html")
 FIGURES = ["figures/00-one.png", "figures/00-one.svg"]
 
 
@@ -73,8 +75,8 @@ def test_index_has_the_claims_and_each_notebook_s_title_time_and_figures(index):
     assert [picture["alt"] for picture in first.select("img")] == [ALT]
     assert "commit 01234567+changes, 2026-01-02." in second.p.text
     assert not second.select("img")
-    assert "a test of the machinery" in read(index).header.text
-    assert "virtual" in read(index).header.text
+    assert "a test of the machinery" in read(index).main.text
+    assert "virtual" in read(index).main.text
 
 
 def test_index_leads_to_files_that_are_there_and_nowhere_else(index):
@@ -92,9 +94,110 @@ def test_a_notebook_s_page_loads_nothing_and_links_to_pages(results):
     assert not page.select("[src^=http], link[href^=http]")
     assert not [s for s in page.select("script") if re.search("https?://", s.text)]
     links = [link["href"] for link in page.select("main a:not(.anchor-link)")]
-    assert links == ["01_second.html#part", "00_first.html"]
+    assert links == ["01_second.html#Next", "00_first.html"]
     (picture,) = page.select("main img")
     assert (picture["alt"], picture["width"]) == (ALT, "750")
+
+
+def test_each_page_leads_to_the_others(index, results):
+    first, second = (
+        read(results / "notebooks" / f"{name}.html") for name in ("00_first", "01_second")
+    )
+    assert [a["href"] for a in first.select("nav ol > li > a")][:2] == [
+        "../notebooks/00_first.html",
+        "#Next",
+    ]
+    assert first.select_one("nav [aria-current]").text == "00 First & foremost"
+    assert [a["href"] for a in first.select("a[rel]")] == ["01_second.html"]
+    assert [a["href"] for a in second.select("a[rel]")] == ["00_first.html"]
+    for name in OTHERS:
+        page = read(results / name)
+        assert page.title.text
+        for target in page.select("[href], [src], [action]"):
+            address = target.get("href") or target.get("src") or target.get("action")
+            file, _, anchor = address.partition("#")
+            if file.startswith(("https://", "data:")):
+                continue
+            there = (results / name).parent / file if file else results / name
+            assert there.is_file(), address
+            assert not anchor or read(there).find(id=anchor), address
+
+
+def test_navigation_is_filled_in_once_however_often_the_collection_runs(index, results):
+    page = results / "notebooks" / "00_first.html"
+    before = page.read_text()
+    entry = {"seconds": 1, "outputs": [], "device": "", "commit": "", "finished": ""}
+    manifest = {
+        "profile": "smoke",
+        "dataset": "mni152",
+        "seed": 0,
+        "notebooks": {"00_first": entry},
+    }
+    pages.write_index(results, manifest)
+    assert len(page.read_text()) < len(before)  # the second notebook is none of this run's
+    assert len(read(page).select("header.book")) == 1
+
+
+def test_solutions_come_after_the_notebooks(index, results):
+    for kind in ("ipynb", "html"):
+        shutil.copy(
+            results / f"notebooks/00_first.{kind}", results / f"notebooks/00_first_solutions.{kind}"
+        )
+    entry = {"seconds": 1, "outputs": [], "device": "", "commit": "", "finished": ""}
+    done = dict.fromkeys(("00_first", "00_first_solutions", "01_second"), entry)
+    pages.write_index(
+        results, {"profile": "smoke", "dataset": "mni152", "seed": 0, "notebooks": done}
+    )
+    (link,) = read(results / "notebooks" / "00_first.html").select("a[rel=next]")
+    assert link["href"] == "01_second.html"
+
+
+def test_the_glossary_links_to_the_notebooks_that_are_there(index, results):
+    page = read(results / "glossary.html")
+    assert page.find(id="dice").strong.text == "Dice"
+    links = [a["href"] for a in page.select("main a")]
+    assert links  # further reading
+    assert all(link.startswith("https://") for link in links)
+    assert "(04)" in page.find(id="dice").text
+    assert "Further reading" in page.text
+
+
+def test_the_index_of_the_search_has_each_section_with_its_code(index, results):
+    text = (results / "search-index.js").read_text().removeprefix("const SECTIONS = ")
+    sections = json.loads(text.rstrip(";\n"))
+    assert ["notebooks/00_first.html#Next", "00 First & foremost", "Next"] in [
+        s[:3] for s in sections
+    ]
+    (found,) = (s[3] for s in sections if s[0] == "notebooks/01_second.html#Next")
+    assert "back to the first" in found
+    assert "@decorate" in found
+    assert ["glossary.html#cmmb", "Glossary", "CMMB"] in [s[:3] for s in sections]
+    for address, *_ in sections:
+        file, _, anchor = address.partition("#")
+        assert read(results / file).find(id=anchor), address
+
+
+def test_the_search_finds_sections_from_the_file_system(index, results):
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page()
+        tab.goto((results / "notebooks" / "00_first.html").as_uri())
+        tab.get_by_label("Search all pages").fill("back SECOND")
+        tab.get_by_role("button", name="Search").click()
+        tab.wait_for_selector("#found li")
+        links = [a.get_attribute("href") for a in tab.locator("#found a").all()]
+        assert links == ["notebooks/01_second.html#Next", "notebooks/00_first.html#Next"]
+        assert "2 sections with: back, second" in tab.locator("#said").inner_text()
+        assert tab.locator("#found mark").first.inner_text().lower() in ("back", "second")
+        tab.goto((results / "search.html").as_uri() + "?q=%3Cimg%20src%3Dx%3E")
+        assert tab.locator("#said").inner_text().startswith("0 sections with: <img, src=x>")
+        assert tab.locator("main img").count() == 0
+        browser.close()
 
 
 def test_axe_finds_nothing(index, results):
@@ -111,7 +214,7 @@ def test_axe_finds_nothing(index, results):
         complaints = []
         tab.on("requestfailed", lambda request: complaints.append(request.url))
         tab.on("console", lambda message: complaints.append(message.text))
-        for page in (index, results / "notebooks" / "00_first.html"):
+        for page in (index, *(results / name for name in OTHERS)):
             tab.goto(page.as_uri())
             found = Axe().run(tab).response["violations"]
             complaints += [f"{page.name}: {v['id']}: {v['nodes'][0]['html']}" for v in found]

@@ -37,11 +37,12 @@ RUN_ALL = """async () => {
 CONNECTED = """() => window.jupyterapp?.shell.currentWidget?.sessionContext
     ?.session?.kernel?.connectionStatus === 'connected'"""
 EXPLORERS = """import numpy as np
-from srlib.show.explore import explore_cases, explore_orders
+from srlib.show.explore import explore_cases, explore_orders, explore_overlap
 from srlib.show.volumes import CaseView
 labels = np.pad(np.ones((4, 4, 4), int), 3)
 display(explore_cases(lambda _: CaseView(labels, {"reference": labels}), ["one"], ["cube"], (1, 1, 1)))
-display(explore_orders())"""
+display(explore_orders())
+display(explore_overlap())"""
 PARAMETERS = """import json
 (cell,) = (c for c in json.load(open("00_start_here.ipynb"))["cells"] if "parameters" in c["metadata"].get("tags", []))
 exec("".join(cell["source"]))
@@ -121,7 +122,7 @@ def test_the_explorers_follow_their_sliders(tab):
     tab.goto("/lab/tree/explorers.ipynb?reset")
     tab.wait_for_function(CONNECTED)
     cell, opened = tab.evaluate(RUN_ALL)
-    assert [output["output_type"] for output in cell["outputs"]] == ["display_data"] * 2
+    assert [output["output_type"] for output in cell["outputs"]] == ["display_data"] * 3
     assert [output["text"] for output in opened["outputs"]] == ["True\n"]  # no variable is set
     before, after = move(tab, "position", "ArrowLeft")
     assert before.startswith("Order inter_slice up to step 63 in a grid of [4, 4, 4]")
@@ -129,4 +130,7 @@ def test_the_explorers_follow_their_sliders(tab):
     before, after = move(tab, "slice", "ArrowRight")
     assert before.startswith("Case one, axial slice 3")
     assert after.startswith("Case one, axial slice 4")
+    before, after = move(tab, "right (mm)", "ArrowRight")
+    assert before.startswith("Moved 4 mm right and 0 mm front; compact: Dice 0.")
+    assert after.startswith("Moved 5 mm right and 0 mm front; compact: Dice 0.")
     assert tab.complaints == []
