@@ -123,7 +123,10 @@ def _bind(results: Path, chapters: Sequence[Mapping[str, Any]]) -> None:
             "top": book.top("../", chapters, chapter["name"], within),  # type: ignore[attr-defined]
             "foot": book.foot(before, after),  # type: ignore[attr-defined]
         }
-        html = file.read_text(encoding="utf-8")
+        html = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if not all(f"<!--{name}-->" in html for name in parts):  # an older version's page
+            write_page(file.with_suffix(".ipynb"))
+            html = file.read_text(encoding="utf-8")
         for name, part in parts.items():
             marks = f"<!--{name}-->", f"<!--/{name}-->"
             start, rest = html.split(marks[0], 1)

@@ -49,15 +49,17 @@ def results(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def index(results):
+def _manifest() -> dict:
     entry = {"device": "a CPU, 2 threads", "commit": "0123456789abcdef", "outputs": []}
     entry |= {"finished": "2026-01-02T03:04:05+00:00", "dirty": True, "seconds": 7}
     first = entry | {"seconds": 65.2, "outputs": FIGURES + TABLES, "dirty": False}
     manifest = {"profile": "smoke", "dataset": "mni152", "seed": 0}
-    return pages.write_index(
-        results, manifest | {"notebooks": {"00_first": first, "01_second": entry}}
-    )
+    return manifest | {"notebooks": {"00_first": first, "01_second": entry}}
+
+
+@pytest.fixture
+def index(results):
+    return pages.write_index(results, _manifest())
 
 
 def read(page: Path) -> BeautifulSoup:
@@ -249,3 +251,12 @@ def test_formulas_are_mathml(tmp_path):
     assert [formula.get("display") for formula in formulas] == ["inline", "block"]
     assert "∫" in formulas[-1].text
     assert "$$" not in page.text
+
+
+def test_pages_of_an_older_version_are_written_again(results, index):
+    page = results / "notebooks" / "00_first.html"
+    new = page.read_text()
+    for older in ("<html>without navigation</html>", None):
+        page.unlink() if older is None else page.write_text(older)
+        pages.write_index(results, _manifest())
+        assert page.read_text() == new
