@@ -25,8 +25,7 @@ from torch import nn
 from srlib import __version__, data, machine
 from srlib.data import labels
 from srlib.data.catalog import tuples
-from srlib.export.hub import card, published
-from srlib.files import atomic_folder
+from srlib.export.hub import card, new_folder, published
 from srlib.run import predict
 from srlib.run.evaluate import stored_scores
 from srlib.run.runs import RunConfig
@@ -65,10 +64,13 @@ def write(checkpoint: Path, folder: Path) -> None:
         folder: must not be there.
 
     Raises:
-        ValueError: the network is a peer.
+        ValueError: the network is a peer, or a text of its data set would be code in a bundle.
+        FileExistsError: the folder is there, perhaps only since the export was begun.
+        OSError: it cannot be written.
     """
     trained = load_trained(checkpoint)
     known = published(trained)
+    _require_plain([asdict(known.entry), asdict(known.config)], checkpoint)
     network = {"_target_": "srlib.SegResMamba"} | network_arguments(trained.config, trained.entry)
     inference = INFERENCE | {"network_def": network, "data": asdict(known.entry)}
     inference |= {"patch_size": trained.config.patch_size, "run": [RUN]}
@@ -79,14 +81,30 @@ def write(checkpoint: Path, folder: Path) -> None:
     retraining |= {"config": asdict(known.config)}
     retraining |= {"run": ["$retrain(@config)"]}
     files = {"metadata": metadata(known), "inference": inference, "train": retraining}
-    with atomic_folder(folder) as made:
+    with new_folder(folder) as made:
         for part in ("configs", "models", "docs"):
             (made / part).mkdir()
         for name, content in files.items():
             (made / "configs" / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-        torch.save(trained.weights, made / "models" / "model.pt")
+        try:
+            torch.save(trained.weights, made / "models" / "model.pt")
+        except RuntimeError as error:  # which does not name a full disk as Python does
+            raise OSError(f"{folder}: could not be written; is the disk full? ({error})") from error
         text = card(trained, stored_scores(checkpoint), USE)
         (made / "docs" / "README.md").write_text(text, encoding="utf-8")
+
+
+def _require_plain(value: Any, checkpoint: Path) -> None:
+    """ValueError where a text begins as MONAI's expressions and references do, and so would be run or looked up."""
+    if isinstance(value, str) and value.startswith(("$", "@", "%")):
+        raise ValueError(
+            f"{checkpoint}: holds the text {value!r:.80}, which MONAI would take for code or a reference;"
+            " expected none that begins with $, @ or %"
+        )
+    for part in value.values() if isinstance(value, dict) else ():
+        _require_plain(part, checkpoint)
+    for part in value if isinstance(value, (list, tuple)) else ():
+        _require_plain(part, checkpoint)
 
 
 def metadata(trained: Trained) -> dict[str, Any]:
@@ -160,18 +178,25 @@ def infer(
 
     Returns:
         The masks' paths.
+
+    Raises:
+        SystemExit: with a line that says why; MONAI would hide another error behind its own.
     """
     network.load_state_dict(weights)
     about = data.Entry(**tuples(dict(entry)))
     ready = labels.scoring(network, about).to(device).eval()
     segmenter = predict.Segmenter(ready, about, tuples(list(patch_size)))
-    inputs = [Path(scan) for scan in ([scans] if isinstance(scans, str) else scans)]
-    cases = predict.find_cases(inputs, about.in_channels)
-    paths = predict.targets(Path(masks), cases)
-    for name, files in cases.items():
-        mask = predict.segment(segmenter, files, overlap, flips)
-        predict.write_mask(mask, files[0], paths[name])
-        print(paths[name])
+    several = scans if isinstance(scans, (list, tuple)) else [scans]
+    try:
+        # a name of digits comes as a number from the command line
+        cases = predict.find_cases([Path(str(scan)) for scan in several], about.in_channels)
+        paths = predict.targets(Path(str(masks)), cases)
+        for name, files in cases.items():
+            mask = predict.segment(segmenter, files, overlap, flips)
+            predict.write_mask(mask, files[0], paths[name])
+            print(paths[name])
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
     return list(paths.values())
 
 
@@ -184,6 +209,8 @@ def retrain(config: Mapping[str, Any]) -> Path:
     Returns:
         The run's folder.
     """
-    run = train(RunConfig(**tuples(dict(config)))).run_dir
+    settings = tuples(dict(config))
+    settings["dataset"] = data.get(settings["dataset"]).name  # a folder's whole path
+    run = train(RunConfig(**settings)).run_dir
     print(run)
     return run

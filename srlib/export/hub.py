@@ -10,6 +10,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,19 +88,32 @@ def write(checkpoint: Path, folder: Path) -> None:
 
     Raises:
         ValueError: the network is a peer.
+        FileExistsError: the folder is there, perhaps only since the export was begun.
     """
     trained = load_trained(checkpoint)
     arguments = network_arguments(trained.config, trained.entry)
     text = card(trained, stored_scores(checkpoint), USE)
-    with atomic_folder(folder) as made:
+    with new_folder(folder) as made:
         save_trained(made / "model.safetensors", published(trained))
         (made / "config.json").write_text(json.dumps(arguments, indent=1) + "\n")
         (made / "README.md").write_text(text, encoding="utf-8")
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` when the block succeeds; FileExistsError where that is there."""
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{folder}: is there already; expected a new folder")
+    with atomic_folder(folder) as made:
+        yield made
+        mine = made.stat().st_ino
+    if folder.stat().st_ino != mine:
+        raise FileExistsError(f"{folder}: was made meanwhile by another; nothing was exported")
+
+
 def published(trained: Trained) -> Trained:
     """A trained network without what a stranger must not learn: of a folder, its path and the names of its cases."""
-    if not Path(trained.config.dataset).is_absolute():
+    if not Path(trained.entry.folder).is_absolute():  # a name; the configuration may be relative
         return trained
     name = "private"
     entry = replace(

@@ -74,6 +74,8 @@ def compare(
         raise ValueError(f"size {size!r} is not one of {', '.join(FEATURES)}")
     if find_spec("nnunetv2") is None:
         raise ImportError('nnU-Net needs the extra "nnunet": pip install -e ".[nnunet]"')
+    if not folds or min(folds) < 0:
+        raise ValueError(f"{dataset}: folds {list(folds)}; expected some of 0, 1, ...")
     name = prepare(dataset)
     splits = place("preprocessed") / name / "splits_final.json"  # nnU-Net makes five without
     number = len(json.loads(splits.read_text())) if splits.is_file() else FOLDS
@@ -115,11 +117,21 @@ def prepare(dataset: str) -> str:
 
     splits: Splits = []
     if re.fullmatch(r"\d+|Dataset\d{3}_.*", dataset):
-        name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
+        try:
+            name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
+        except RuntimeError as error:  # none of this number, or several
+            raise DataError(f"{dataset}: {error}") from error
     else:
         name, splits = convert(dataset)
     number, folder = int(name[7:10]), place("preprocessed") / name
-    about = json.loads((place("raw") / name / "dataset.json").read_text())
+    file = place("raw") / name / "dataset.json"
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        _ = about["labels"].values(), about["file_ending"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file}: expected labels and file_ending, as nnU-Net v2 has ({error})"
+        ) from error
     if not all(isinstance(value, int) for value in about["labels"].values()):
         raise DataError(f"{dataset}: its classes overlap; expected classes that exclude each other")
     ready = folder / f"ready-{CONFIGURATION}"

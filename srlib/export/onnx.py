@@ -119,9 +119,20 @@ def write(checkpoint: Path, file: Path) -> None:
     made = program(restore(trained, checkpoint).cpu())
     known = published(trained)
     about = {"config": asdict(known.config), "dataset": asdict(known.entry)}
+    _forget_source(made.model)
     made.model.metadata_props["srlib"] = json.dumps(about)
     with atomic_path(file) as temporary:
         made.save(temporary, external_data=False)
+
+
+def _forget_source(model: Any) -> None:
+    """Take out what the exporter notes of each node: stack traces, with paths of the machine that exported."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
 
 
 class Session(nn.Module):
@@ -143,7 +154,10 @@ class Session(nn.Module):
 
 
 def load(file: Path) -> Segmenter:
-    """What `write` wrote, for `srlib.run.predict.segment` on the CPU."""
-    network = Session(file)
-    about = tuples(json.loads(network.session.get_modelmeta().custom_metadata_map["srlib"]))
+    """What `write` wrote, for `srlib.run.predict.segment` on the CPU; ValueError for another network's file."""
+    network = Session(Path(file))
+    known = network.session.get_modelmeta().custom_metadata_map
+    if "srlib" not in known:
+        raise ValueError(f"{file}: has no metadata of srlib; expected a file that `export` wrote")
+    about = tuples(json.loads(known["srlib"]))
     return Segmenter(network, data.Entry(**about["dataset"]), about["config"]["patch_size"])

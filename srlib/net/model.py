@@ -19,6 +19,7 @@ activation and the skips' MLP are computed again from it (`srlib.scan.recompute`
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
@@ -371,15 +372,25 @@ class SegResMamba(nn.Module):
 
         Raises:
             FileNotFoundError: a file that is not there.
-            ValueError: a file that is broken, or weights that are not those of the configuration; names it.
+            ValueError: a file that is broken, weights that are not those of the configuration or no finite numbers;
+                names it.
         """
         config, weights = (Path(folder) / name for name in ("config.json", "model.safetensors"))
         about = "arguments of SegResMamba"
         arguments = read_json(config, about, in_channels=int, out_channels=int, features=list)
-        state, _ = load_tensors(weights)
+        state, known = load_tensors(weights)
+        trained = (known or {}).get("config", {})
+        for name in arguments.keys() & trained:  # some change the function and no weight's shape
+            if json.dumps(arguments[name]) != json.dumps(trained[name]):
+                said = f"{name} is {arguments[name]!r}, was {trained[name]!r} in training"
+                raise ValueError(f"{config}: {said}")
+        if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{weights}: {broken[0]} holds NaN or infinity")
         try:
-            network = cls(**arguments)
-            network.load_state_dict(state)
+            with torch.device("meta"):  # takes no memory: other weights are told before
+                network = cls(**arguments)
+            full = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+            network.load_state_dict(full, assign=True)
         except (TypeError, RuntimeError) as error:  # an argument that is not known; other weights
             said = str(error).splitlines()[-1].strip()
             raise ValueError(f"{weights}: does not fit {config}: {said:.200}") from error

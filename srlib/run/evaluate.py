@@ -105,7 +105,7 @@ def stored_scores(network: Path) -> pd.DataFrame | None:
         return None
     found = load_json(file)
     table, made_with = pd.DataFrame(found["rows"]), found["made_with"]
-    same = made_with["network"] == hashlib.sha256(network.read_bytes()).hexdigest()
+    same = made_with.get("network") == hashlib.sha256(network.read_bytes()).hexdigest()
     return table if same and set(made_with["cases"]) <= {*table.get("case", ())} else None
 
 

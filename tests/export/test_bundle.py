@@ -160,3 +160,26 @@ def test_regions_and_private_folders(tmp_path):
     about = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())
     pred = about["network_data_format"]["outputs"]["pred"]
     assert (pred["format"], pred["channel_def"]) == ("classes", {"0": "anterior", "1": "posterior"})
+
+
+@pytest.mark.parametrize("text", ["$__import__('os').abort()", "@network_def", "%5x"])
+def test_a_text_that_monai_would_run_or_look_up_is_refused(tmp_path, text):
+    trained = train.load_trained(TINY)
+    for change in (
+        {"entry": replace(trained.entry, modalities=(text,))},
+        {"config": replace(trained.config, dataset=text)},
+    ):
+        file = tmp_path / "model.safetensors"
+        train.save_trained(file, trained._replace(**change))
+        with pytest.raises(ValueError, match="take for code or a reference"):
+            bundle.write(file, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_what_cannot_be_segmented_ends_with_one_line(tmp_path):
+    bundle.write(TINY, tmp_path / "bundle")
+    known = json.loads((tmp_path / "bundle" / "configs" / "inference.json").read_text())
+    model = predict.load(TINY).model
+    arguments = model, model.state_dict(), torch.device("cpu"), known["data"], known["patch_size"]
+    with pytest.raises(SystemExit, match=r"none\.nii\.gz"):
+        bundle.infer(*arguments, str(tmp_path / "none.nii.gz"), str(tmp_path / "masks"))

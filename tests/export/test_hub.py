@@ -60,10 +60,11 @@ def test_the_card_says_what_was_measured_and_when_nothing_was(folder, tmp_path):
     assert stored_scores(network) is None  # of an evaluation that was interrupted
 
 
-def test_a_private_folder_s_path_and_cases_are_not_published(tmp_path):
+@pytest.mark.parametrize("named", ["/clinic/Smith", "Smith"])  # as configured, perhaps relative
+def test_a_private_folder_s_path_and_cases_are_not_published(tmp_path, named):
     trained = train.load_trained(TINY)
-    config = replace(trained.config, dataset="/clinic/Smith")
-    place = {"name": config.dataset, "folder": config.dataset, "source": config.dataset}
+    config = replace(trained.config, dataset=named)
+    place = dict.fromkeys(("name", "folder", "source"), "/clinic/Smith")
     entry = replace(trained.entry, title="folder Smith", how_to_get="/clinic/Smith", **place)
     file = tmp_path / "model.safetensors"
     train.save_trained(file, trained._replace(config=config, entry=entry))
@@ -102,7 +103,15 @@ def test_what_cannot_be_exported_is_refused(folder, tmp_path):
         ("config.json", lambda file: file.write_text("{"), "config.json: expected arguments"),
         ("config.json", lambda file: changed(file, features=[16, 32, 64, 128]), "does not fit"),
         ("config.json", lambda file: changed(file, wings=2), "'wings'"),
-        ("config.json", lambda file: changed(file, tom="none"), "does not fit"),
+        ("config.json", lambda file: changed(file, tom="none"), "tom is 'none', was None"),
+        ("config.json", lambda file: changed(file, tom_residual=True), "tom_residual is True"),
+        ("config.json", lambda file: changed(file, nslices=5), "nslices is 5, was None"),
+        (
+            "config.json",
+            lambda file: changed(file, expand=10**7),
+            "does not fit",
+        ),  # without its memory
+        ("model.safetensors", lambda file: poisoned(file), "holds NaN or infinity"),
         ("model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:999]), "model.safe"),
     ],
 )
@@ -110,6 +119,30 @@ def test_a_folder_that_is_broken_is_named(folder, name, change, expected):
     change(folder / name)
     with pytest.raises((ValueError, FileNotFoundError), match=expected):
         SegResMamba.from_pretrained(folder)
+
+
+def poisoned(file):
+    weights, about = files.load_tensors(file)
+    next(iter(weights.values())).view(-1)[0] = torch.nan
+    files.save_tensors(file, weights, about)
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_folder_of_somebody_else_is_left_and_told(tmp_path, monkeypatch, when):
+    target = tmp_path / "hub"
+
+    def theirs(*_):
+        target.mkdir()
+        (target / "theirs").touch()
+
+    if when == "before":
+        theirs()
+    else:
+        monkeypatch.setattr(hub, "save_trained", theirs)
+    with pytest.raises(FileExistsError, match=r"hub: (is there already|was made meanwhile)"):
+        hub.write(TINY, target)
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["hub"]
 
 
 def changed(file, **arguments):

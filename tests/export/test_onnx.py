@@ -34,6 +34,11 @@ def test_windows_of_any_size_and_number(file, size):
     torch.testing.assert_close(exported.load(file).model(image(*size)), expected, rtol=0, atol=1e-4)
 
 
+def test_the_file_says_nothing_of_the_machine_that_wrote_it(file):
+    assert b".py" not in file.read_bytes()
+    assert exported.load(str(file)).patch_size == predict.load(TINY).patch_size
+
+
 def test_the_file_is_onnx_s_own_operators_and_names_its_sizes(file):
     model = onnx.load(file)
     onnx.checker.check_model(model, full_check=True)
