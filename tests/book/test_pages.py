@@ -179,7 +179,9 @@ def test_the_index_of_the_search_has_each_section_with_its_code(index, results):
         assert read(results / file).find(id=anchor), address
 
 
-def test_the_search_finds_sections_from_the_file_system(index, results):
+@pytest.fixture
+def tab():
+    """A page of Chromium; without one the test is skipped and says so."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
@@ -187,40 +189,35 @@ def test_the_search_finds_sections_from_the_file_system(index, results):
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page()
-        tab.goto((results / "notebooks" / "00_first.html").as_uri())
-        tab.get_by_label("Search all pages").fill("back SECOND")
-        tab.get_by_role("button", name="Search").click()
-        tab.wait_for_selector("#found li")
-        links = [a.get_attribute("href") for a in tab.locator("#found a").all()]
-        assert links == ["notebooks/01_second.html#Next", "notebooks/00_first.html#Next"]
-        assert "2 sections with: back, second" in tab.locator("#said").inner_text()
-        assert tab.locator("#found mark").first.inner_text().lower() in ("back", "second")
-        tab.goto((results / "search.html").as_uri() + "?q=%3Cimg%20src%3Dx%3E")
-        assert tab.locator("#said").inner_text().startswith("0 sections with: <img, src=x>")
-        assert tab.locator("main img").count() == 0
+        yield browser.new_page()
         browser.close()
 
 
-def test_axe_finds_nothing(index, results):
+def test_the_search_finds_sections_from_the_file_system(index, results, tab):
+    tab.goto((results / "notebooks" / "00_first.html").as_uri())
+    tab.get_by_label("Search all pages").fill("back SECOND")
+    tab.get_by_role("button", name="Search").click()
+    tab.wait_for_selector("#found li")
+    links = [a.get_attribute("href") for a in tab.locator("#found a").all()]
+    assert links == ["notebooks/01_second.html#Next", "notebooks/00_first.html#Next"]
+    assert "2 sections with: back, second" in tab.locator("#said").inner_text()
+    assert tab.locator("#found mark").first.inner_text().lower() in ("back", "second")
+    tab.goto((results / "search.html").as_uri() + "?q=%3Cimg%20src%3Dx%3E")
+    assert tab.locator("#said").inner_text().startswith("0 sections with: <img, src=x>")
+    assert tab.locator("main img").count() == 0
+
+
+def test_axe_finds_nothing(index, results, tab):
     """axe-core's rules on the front page and a notebook's page, in Chromium, without a network."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
     from axe_playwright_python.sync_playwright import Axe
-    from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page()
-        complaints = []
-        tab.on("requestfailed", lambda request: complaints.append(request.url))
-        tab.on("console", lambda message: complaints.append(message.text))
-        for page in (index, *(results / name for name in OTHERS)):
-            tab.goto(page.as_uri())
-            found = Axe().run(tab).response["violations"]
-            complaints += [f"{page.name}: {v['id']}: {v['nodes'][0]['html']}" for v in found]
-        browser.close()
+    complaints = []
+    tab.on("requestfailed", lambda request: complaints.append(request.url))
+    tab.on("console", lambda message: complaints.append(message.text))
+    for page in (index, *(results / name for name in OTHERS)):
+        tab.goto(page.as_uri())
+        found = Axe().run(tab).response["violations"]
+        complaints += [f"{page.name}: {v['id']}: {v['nodes'][0]['html']}" for v in found]
     assert complaints == []
 
 

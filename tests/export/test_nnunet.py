@@ -109,7 +109,11 @@ def test_regions_are_refused_before_anything_is_trained(folder):
     pytest.importorskip("nnunetv2")
     raw = nnunet.place("raw") / "Dataset007_Regions"
     raw.mkdir(parents=True)
-    (raw / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "both": [1, 2]}}))
+    about = {"labels": {"background": 0, "both": [1, 2]}}
+    (raw / "dataset.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"dataset\.json: expected labels and file_ending"):
+        nnunet.prepare("7")
+    (raw / "dataset.json").write_text(json.dumps(about | {"file_ending": ".nii.gz"}))
     with pytest.raises(ValueError, match="its classes overlap"):
         nnunet.prepare("7")
 

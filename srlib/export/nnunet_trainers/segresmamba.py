@@ -36,6 +36,7 @@ class nnUNetTrainerOwn(nnUNetTrainer):
     """nnU-Net's own network and recipe, with a budget, whose state is written after each epoch."""
 
     budget: tuple[str | None, str | None] = (None, None)  # epochs, iterations of an epoch
+    deep_supervision = True
 
     def __init__(  # nnU-Net reads these names
         self,
@@ -53,6 +54,7 @@ class nnUNetTrainerOwn(nnUNetTrainer):
             self.num_iterations_per_epoch = int(iterations)
             self.num_val_iterations_per_epoch = max(1, int(iterations) // 5)
         self.save_every = 1
+        self.enable_deep_supervision &= self.deep_supervision
 
     def save_checkpoint(self, filename: str) -> None:
         """Write the state, so that a reader sees the old file or the new one."""
@@ -66,19 +68,9 @@ class nnUNetTrainerOwn(nnUNetTrainer):
 class nnUNetTrainerSegResMamba(nnUNetTrainerOwn):
     """SegResMamba by nnU-Net's recipe, without deep supervision."""
 
+    deep_supervision = False
     tom = "both"
     size = "paper"
-
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.enable_deep_supervision = False
 
     @classmethod
     def build_network_architecture(
