@@ -295,7 +295,9 @@ class SegResMamba(nn.Module):
         features: channels of the four stages; `FEATURES` names the paper's and two smaller ones. Each a multiple
             of 8, each twice the one before.
         d_state, d_conv, expand: sizes of the Mamba layers (`TriOrientedMamba`).
-        nslices: fixes the number of slices of the inter-slice order; `None` takes each feature map's depth.
+        nslices: fixes the number of slices of the inter-slice order; `None` takes each feature map's size along
+            `slice_axis`.
+        slice_axis: spatial axis, 0 to 2, along which the slices of a scan lie: the slowest of its row-major order.
         tom: ToM layers of a block (`CMMB`); `None` means `both`, or `conv` in the released variant.
         tom_residual: add its input to each ToM layer's output (SegMamba does, the paper's equation does not).
         scan_orders: non-empty subset of `forward`, `reverse`, `inter_slice`.
@@ -324,6 +326,7 @@ class SegResMamba(nn.Module):
         d_conv: int = 4,
         expand: int = 2,
         nslices: int | None = None,
+        slice_axis: int = 0,
         tom: str | None = None,
         tom_residual: bool = False,
         scan_orders: Sequence[str] = ORDERS,
@@ -337,6 +340,9 @@ class SegResMamba(nn.Module):
         super().__init__()
         tom = _check_arguments(features, tom, block, variant)
         check_recompute(recompute)
+        if slice_axis not in range(3):
+            raise ValueError(f"slice_axis must be 0, 1 or 2, got {slice_axis!r}")
+        self.slice_axis = slice_axis
         self.again = partial(recomputed, recompute=recompute)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.features, self.variant = tuple(features), variant
@@ -399,19 +405,21 @@ class SegResMamba(nn.Module):
     def encode(self, x: Tensor) -> list[Tensor]:
         """Image (B, C_in, D, H, W) -> the four skips, stage s at 1/2^(s+1) of the resolution."""
         self._check_input(x)
+        # Kernels are cubes and every axis is halved alike, so only the scans see which axis comes first.
+        x = x.movedim(2 + self.slice_axis, 2)
         skips = []
         for downsample, block, skip in zip(self.downsamples, self.blocks, self.skips, strict=True):
             x = block(downsample(x))
-            skips.append(self.again(x, skip))
+            skips.append(self.again(x, skip).movedim(2, 2 + self.slice_axis))
         return skips
 
     def decode(self, skips: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """The four skips -> logits (B, C_out, *size)."""
-        *finer, x = skips
+        *finer, x = (skip.movedim(2 + self.slice_axis, 2) for skip in skips)
         for up, skip in zip(self.ups, reversed(finer), strict=True):
             x = up(x, skip)
         depth, height, width = size
-        return self.head(x)[..., :depth, :height, :width]
+        return self.head(x).movedim(2, 2 + self.slice_axis)[..., :depth, :height, :width]
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, C_in, D, H, W) -> logits (B, C_out, D, H, W).

@@ -225,9 +225,11 @@ def scan_memory(
     finally:
         hook.remove()
     tokens = channel_norm(maps[0], layer.norm)[0]
-    shape = tuple(maps[0].shape[2:])
-    visits, u, delta, A, B, _ = scan_inputs(
-        layer.mamba, tokens, order, layer.mamba.nslices or shape[0]
-    )
+    nslices = layer.mamba.nslices or maps[0].shape[2]
+    visits, u, delta, A, B, _ = scan_inputs(layer.mamba, tokens, order, nslices)
     written = ((delta * u).T[:, :, None] * B.T[:, None]).abs()
+    # The layer's map begins with the network's slice axis; the places are those of the image's axes.
+    shape = tuple(maps[0][0, 0].movedim(0, network.slice_axis).shape)
+    places = torch.arange(len(tokens), device=tokens.device).view(shape)
+    visits = places.movedim(network.slice_axis, 0).flatten()[visits]
     return ScanMemory(shape, visits, written, delta.T.cumsum(0), A)

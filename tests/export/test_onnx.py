@@ -78,7 +78,9 @@ def test_a_network_whose_orders_have_no_form_is_refused(tmp_path):
     assert not (tmp_path / "model.onnx").exists()
 
 
-@pytest.mark.parametrize("settings", [{"variant": "released"}, {"extra_conv": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"variant": "released"}, {"extra_conv": False}, {"slice_axis": 1}], ids=str
+)
 @pytest.mark.parametrize("size", [(1, 2, 48, 40, 33), (1, 2, 35, 18, 5)])
 def test_the_exported_form_computes_the_same(settings, size):
     network = SegResMamba(2, 3, **SMALL, **settings).eval()

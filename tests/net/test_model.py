@@ -141,9 +141,11 @@ VARIANTS = [
     {"scan_orders": ("forward",)},
     {"scan_orders": ("reverse", "inter_slice")},
     {"nslices": 4},
+    {"slice_axis": 2},
     {"recurrence": False},
     {"extra_conv": False},
     {"block": "segmamba"},
+    {"block": "segmamba", "extra_conv": False},
     {"variant": "released"},
 ]
 
@@ -240,6 +242,21 @@ def test_encode_then_decode_is_forward():
         torch.testing.assert_close(model.decode(skips, x.shape[2:]), model(x))
 
 
+@pytest.mark.parametrize("options", [{}, {"nslices": 5}, {"fused": False}], ids=str)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slices_lie_along_any_axis(axis, options):
+    networks = [SegResMamba(1, 3, TINY, slice_axis=a, **options).eval() for a in (0, axis)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    x = torch.randn(1, 1, 35, 29, 41)
+    moved, back = x.movedim(2 + axis, 2), (2, 2 + axis)
+    with torch.no_grad():
+        skips = [skip.movedim(*back) for skip in networks[0].encode(moved)]
+        torch.testing.assert_close(networks[1].encode(x), skips)
+        y = networks[1](x)
+        torch.testing.assert_close(y, networks[0](moved).movedim(*back))
+        assert torch.allclose(y, networks[0](x), atol=1e-3) == (axis == 0)
+
+
 def test_bad_inputs_are_named():
     model = SegResMamba(2, 3, TINY)
     with pytest.raises(ValueError, match="at least one axis must have 33 voxels"):
@@ -259,6 +276,7 @@ def test_bad_inputs_are_named():
         ({"block": "segmamba", "tom": "inner"}, "block must be one of"),
         ({"variant": "released", "tom": "both"}, "released variant runs no ToM"),
         ({"features": (8, 16, 32)}, "features must be four numbers"),
+        ({"slice_axis": 3}, "slice_axis must be 0, 1 or 2, got 3"),
         ({"recompute": "never"}, "recompute must be True, False or 'auto'"),
         ({"features": (12, 24, 48, 96)}, "features must be four numbers"),
         ({"features": (8, 16, 32, 48)}, "features must be four numbers"),

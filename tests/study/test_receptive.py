@@ -162,6 +162,16 @@ def test_a_scan_remembers_what_the_recurrence_leaves_of_a_token(order):
     assert volume[place] == remembered[j]
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_memory_lies_in_the_image_s_axes(axis):
+    networks = [tiny(slice_axis=a) for a in (0, axis)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    x = image(48, 40, 34)
+    expected = receptive.scan_memory(networks[0], x.movedim(1 + axis, 1), "inter_slice").as_map(99)
+    found = receptive.scan_memory(networks[1], x, "inter_slice").as_map(99)
+    np.testing.assert_allclose(found, np.moveaxis(expected, 0, axis), rtol=1e-4)
+
+
 def test_a_network_without_a_scan_has_no_memory():
     with pytest.raises(ValueError, match="stage 0 has no outer ToM layer with a recurrence"):
         receptive.scan_memory(tiny(tom="inner"), image(32, 32, 32))
