@@ -328,10 +328,11 @@ def on_gpu(out: Path = REFERENCE / "gpu" / "scan.csv") -> None:
     One row for each size, type, layout, back end, order and pass. `ms`: median of repeated calls between two device
     events, the queue filled beforehand so that the host is not timed (`chunked`, thousands of small kernels, stays
     bound by it), caches overwritten before each; `bytes`: each input read once and each output written once;
-    `bandwidth` is bytes / ms over what a large copy reaches, counting bytes read and written; `error`: ||result -
-    expected|| / ||expected||, expected computed in float64 from the same inputs, for the backward pass the largest over
-    all gradients; `memory_mib`: MiB allocated at the peak beyond the inputs, outputs and gradients included. Tensors
-    are those of ToM's scans: u and delta with weights A, B, C, D and a bias, no gate.
+    `ps_per_element`: ms over the B D L N elements; `bandwidth` is bytes / ms over what a large copy reaches, counting
+    bytes read and written; `error`: ||result - expected|| / ||expected||, expected computed in float64 from the same
+    inputs, for the backward pass the largest over all gradients; `memory_mib`: MiB allocated at the peak beyond the
+    inputs, outputs and gradients included. Tensors are those of ToM's scans: u and delta with weights A, B, C, D and a
+    bias, no gate.
     """
     states = backends()
     for name, state in states.items():
@@ -343,6 +344,8 @@ def on_gpu(out: Path = REFERENCE / "gpu" / "scan.csv") -> None:
     for size, dtype, order in itertools.product(SIZES, (torch.float32, torch.bfloat16), ORDERS):
         rows += rows_of(size, dtype, *order, names)
     table = pd.DataFrame(rows)
+    elements = table[["batch", "channels", "length", "states"]].prod(axis=1)
+    table["ps_per_element"] = table["ms"] / elements * 1e9
     table["bandwidth"] = table["bytes"] / table["ms"] * 1000 / bandwidth
     table.insert(0, "copy_tb_per_s", bandwidth / 1e12)
     machine.write_table(table, out)

@@ -5,7 +5,8 @@
     python benchmarks/step.py levers           # results/reference/memory/levers_cpu.csv; nothing else may run
     python benchmarks/step.py systems          # prints results/reference/cpu/systems.csv anew; nothing else may run
     python benchmarks/step.py settings OUT.csv # results/reference/gpu/memory.csv
-    python benchmarks/step.py gpu OUT.csv      # eager and captured steps on one GPU
+    python benchmarks/step.py gpu OUT.csv      # results/reference/gpu/step.csv; eager and captured steps on one GPU
+    python benchmarks/step.py small OUT.csv    # results/reference/gpu/small.csv; the same of the comparisons' systems
 
 A row is written as soon as it is measured.
 """
@@ -16,26 +17,28 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 from unittest.mock import patch
 
 import pandas as pd
 import psutil
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from srlib import files, machine, tables
+from srlib import data, files, machine, tables
+from srlib.data import labels
 from srlib.net.costs import GIB, LEVERS, Workload, count, loss_function, measure_apart
 from srlib.net.peers import PEERS
 from srlib.run import train
-from srlib.run.captured import WARM_UP, CapturedStep
+from srlib.run.captured import WARM_UP, CapturedStep, capturable
 from srlib.study import grid
 from srlib.study.published import PUBLISHED
 
@@ -44,6 +47,7 @@ FOLDER = files.REFERENCE / "memory"
 SIZES = (64, 96, 128, 160)  # counted
 Sizes = Annotated[list[int] | None, typer.Option(help="Voxels along an edge; may be repeated.")]
 Peers = Annotated[list[str] | None, typer.Option("--peer", help="May be repeated.")]
+Systems = Annotated[list[str] | None, typer.Option("--system", help="May be repeated.")]
 Minutes = Annotated[float, typer.Option(help="After these no new row is begun.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
@@ -181,18 +185,23 @@ def systems(
         machine.write_table(table, files.REFERENCE / "cpu" / "systems.csv")
 
 
-def step_seconds(system: str) -> list[float]:
-    """Seconds of each step of one short training."""
+def step_seconds(
+    system: str, first: int = FIRST, steps: int = STEPS, **settings: Any
+) -> list[float]:
+    """Seconds of each step of one short training, without the first ones."""
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, SRLIB_RESULTS=folder):
-        history = train.train(grid.config_of(system, steps=STEPS)).history
-    return history["seconds"].diff()[FIRST:].tolist()
+        history = train.train(grid.config_of(system, steps=steps, **settings)).history
+    return history["seconds"].diff()[first:].tolist()
 
 
 # --- Eager and captured steps on one GPU ----------------------------------------------------------
 
 VARIANTS = ("none", "inner", "outer")  # beside SegResMamba with both ToM layers
 OURS = ("segresmamba", "segmamba")  # names of what has `recompute` begin so
-EAGER, CAPTURED = 20, 50
+EAGER, CAPTURED = 10, 50  # steps
+ENERGY = 1500  # ms of steps whose energy is read; the counter moves some ten times a second
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # and Lightning Fabric's names
+Row = tuple[dict[str, Any], Callable[[], Iterable[dict[str, float]]]]  # its key, what measures it
 
 
 @app.command()
@@ -204,44 +213,100 @@ def gpu(out: Path, minutes: Minutes = 9, size: int = 128, peer: Peers = None) ->
     activations: `recomputation` off keeps what autograd asks for; on is `recompute` for SegResMamba and SegMamba,
     checkpoints around blocks for the others (`srlib.net.peers.with_checkpoints`).
 
-    `eager_ms`, `captured_ms`: medians of 20 and 50 steps, launched from Python and replayed as a CUDA graph; `busy_ms`,
+    `eager_ms`, `captured_ms`: medians of 10 and 50 steps, launched from Python and replayed as a CUDA graph; `busy_ms`,
     `kernels`: the sum over a step's kernels, copies and fills, and their number, by torch's profiler; `peak_gib`: most
-    memory allocated in eager steps; `joules`: a captured step's, by the board's counter.
+    memory allocated in eager steps; `joules`: a captured step's, by the board's counter; `error`: why there is nothing.
+
+    Rows without an error that OUT.csv has already stay, so the same command goes on where it ended.
     """
-    start, rows = time.monotonic(), []
-    for name, work in gpu_workloads(peer or [*PEERS], size):
-        again = work.checkpointing or ("recompute", True) in work.settings
-        row = {"network": name, "size": size, "precision": work.precision}
-        row["recomputation"] = "on" if again else "off"
+    write_missing(out, minutes, gpu_rows(peer or [*PEERS], size))
+
+
+@app.command()
+def small(out: Path, minutes: Minutes = 9, system: Systems = None, batch_size: int = 8) -> None:
+    """Measure the same of the systems of `srlib.study.grid`: patches of the default profile, one channel, 3 classes.
+
+    With the loss of the training and gradients clipped as there. In fp32 all; in bf16 not the ablations, apart from no
+    ToM and the convolution. `with_samples_ms`, of SegResMamba and no ToM: the median step of a training of 150 steps
+    on hippocampus, its samples included, without the first 30 steps; empty where the data is not there.
+    """
+    write_missing(out, minutes, small_rows(system or [*grid.SYSTEMS], batch_size))
+
+
+def write_missing(out: Path, minutes: float, rows: Iterable[Row]) -> None:
+    """Measure the rows that the table lacks, until the minutes are over; one that fails says why."""
+    start, done = time.monotonic(), []
+    if out.exists():
+        done = [row for row in tables.read(out).to_dict("records") if pd.isna(row.get("error"))]
+    for key, measured in rows:
+        if any(key.items() <= row.items() for row in done):
+            continue
         if time.monotonic() - start > 60 * minutes:
-            print("out of time before", *row.values())
+            print("out of time before", *key.values())
             break
+        row = dict(key)
         try:
-            row |= gpu_step(work)
-        except (ImportError, torch.OutOfMemoryError) as error:
-            row["error"] = f"{type(error).__name__}: {error}"
-        gc.collect()
-        torch.cuda.empty_cache()
-        rows.append(row)
-        write(rows, out)
+            for numbers in measured():
+                row |= numbers
+        except Exception as error:  # the others are measured all the same
+            row["error"] = " ".join(f"{type(error).__name__}: {error}".split())
+        done.append(row | {"device": machine.device_name(), "commit": machine.commit()[0]})
+        write(done, out)
 
 
-def gpu_workloads(peers: list[str], size: int) -> Iterator[tuple[str, Workload]]:
-    """Each row's name of the network and its workload."""
+def gpu_rows(peers: list[str], size: int) -> Iterator[Row]:
+    """The rows of `gpu`."""
     variants = [(f"segresmamba_{tom}", {"tom": tom}) for tom in VARIANTS if "segresmamba" in peers]
-    for precision, again in (("bf16", False), ("bf16", True), ("fp32", False)):
+    for precision, again in product(("bf16", "fp32"), (False, True)):
         for name, settings in [*((peer, {}) for peer in peers), *variants]:
             ours = name.startswith(OURS)
-            yield (
-                name,
-                Workload(
-                    "segresmamba" if settings else name,
-                    size,
-                    precision=precision,
-                    checkpointing=again and not ours,
-                    settings=tuple((settings | ({"recompute": again} if ours else {})).items()),
-                ),
+            work = Workload(
+                "segresmamba" if settings else name,
+                size,
+                precision=precision,
+                checkpointing=again and not ours,
+                settings=tuple((settings | ({"recompute": again} if ours else {})).items()),
             )
+            key = {"network": name, "size": size, "precision": precision}
+            yield key | {"recomputation": "on" if again else "off"}, partial(measure_gpu, work)
+
+
+def measure_gpu(work: Workload) -> Iterator[dict[str, float]]:
+    """One row's numbers."""
+    yield measure_step(
+        work.network, loss_function, lambda: work.batch(machine.device().type), work.precision
+    )
+
+
+def small_rows(systems: list[str], batch_size: int) -> Iterator[Row]:
+    """The rows of `small`, the fp32 ones first."""
+    for precision, system in product(PRECISIONS, systems):
+        if precision == "fp32" or system not in grid.ABLATIONS:
+            yield (
+                {"system": system, "precision": precision, "batch_size": batch_size},
+                partial(measure_small, system, precision, batch_size),
+            )
+
+
+def measure_small(system: str, precision: str, batch_size: int) -> Iterator[dict[str, float]]:
+    """One row's numbers, those of a training last."""
+    settings = {"batch_size": batch_size, "precision": PRECISIONS[precision]}
+    config, entry = grid.config_of(system, **settings), data.get(grid.DATASET)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        shape, where = config.patch_size, machine.device()
+        image = torch.randn(batch_size, entry.in_channels, *shape, device=where)
+        return image, torch.randint(entry.out_channels, (batch_size, 1, *shape), device=where)
+
+    yield measure_step(
+        partial(train.build_model, config), labels.loss_function(entry), batch, precision, clip=1.0
+    )
+    if system in ("segresmamba", "none"):
+        if grid.DATASET in data.present():
+            taken = step_seconds(system, first=30, steps=150, **settings)
+            yield {"with_samples_ms": 1000 * median(taken)}
+        else:
+            print(f"with_samples_ms is left out: {grid.DATASET} is not here ($SRLIB_DATA)")
 
 
 def milliseconds(function: Callable[[], object], number: int) -> float:
@@ -250,34 +315,59 @@ def milliseconds(function: Callable[[], object], number: int) -> float:
     for _ in range(number):
         start = time.perf_counter()
         function()
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     return median(times)
 
 
-def gpu_step(work: Workload) -> dict[str, float]:
-    """One row's numbers."""
-    import pynvml
+def measure_step(
+    build: Callable[[], nn.Module],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    draw: Callable[[], tuple[Tensor, Tensor]],
+    precision: str,
+    clip: float | None = None,
+) -> dict[str, float]:
+    """A row's numbers; elsewhere than on a GPU `eager_ms` alone.
 
+    Args:
+        build: makes the network.
+        loss_of: outputs and label -> loss.
+        draw: makes an image and a label on the device.
+        precision: `fp32`, or `bf16` under autocast.
+        clip: largest norm of the gradient; `None` leaves it.
+    """
+    device, before = machine.device(), 0
+    if device.type == "cuda":
+        gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()  # one for each stream of the rows before, 32 MiB
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
     torch.manual_seed(0)
-    network = work.network().cuda().train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True, capturable=True)
+    network = build().to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    if device.type == "cuda":
+        capturable(optimizer)
 
     def step(image: Tensor, label: Tensor) -> Tensor:
         optimizer.zero_grad()
-        with work.autocast("cuda"):
-            loss = loss_function(network(image), label)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of(network(image), label)
         loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(network.parameters(), clip, foreach=True)
         optimizer.step()
         return loss.detach()
 
-    batch = work.batch("cuda")
+    batch = draw()
     for _ in range(WARM_UP):
         step(*batch)
+    if device.type != "cuda":
+        return {"eager_ms": milliseconds(lambda: step(*batch), EAGER)}
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     found = {"eager_ms": milliseconds(lambda: step(*batch), EAGER)}
-    found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+    found["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / GIB
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step(*batch)
         torch.cuda.synchronize()
@@ -290,14 +380,22 @@ def gpu_step(work: Workload) -> dict[str, float]:
         print("not captured:", captured.reason)
         return found
     found["captured_ms"] = milliseconds(lambda: captured(*batch), CAPTURED)
+    return found | {
+        "joules": joules(lambda: captured(*batch), round(ENERGY / found["captured_ms"]))
+    }
+
+
+def joules(function: Callable[[], object], number: int) -> float:
+    """Energy of one of so many calls, by the board's counter."""
+    import pynvml
+
     pynvml.nvmlInit()
     board = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
     start = pynvml.nvmlDeviceGetTotalEnergyConsumption(board)
-    for _ in range(CAPTURED):
-        captured(*batch)
+    for _ in range(number):
+        function()
     torch.cuda.synchronize()
-    used = pynvml.nvmlDeviceGetTotalEnergyConsumption(board) - start
-    return found | {"joules": used / 1000 / CAPTURED}
+    return (pynvml.nvmlDeviceGetTotalEnergyConsumption(board) - start) / 1000 / number
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""The benchmarks of GPUs write their tables here too, with what a CPU can measure."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+
+import pytest
+from torch import nn
+from typer.testing import CliRunner
+
+from srlib import files, tables
+
+
+def benchmark(name: str) -> ModuleType:
+    """A script of `benchmarks/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, files.ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def step() -> ModuleType:
+    return benchmark("step")
+
+
+def invoke(module, *words):
+    ended = CliRunner().invoke(module.app, [*map(str, words)], catch_exceptions=False)
+    assert ended.exit_code == 0, ended.output
+
+
+def test_steps_of_a_network_are_rows(step, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "EAGER", 1)
+    invoke(step, "gpu", tmp_path / "step.csv", "--size", 32, "--peer", "unet")
+    rows = tables.read(tmp_path / "step.csv")
+    assert rows[["precision", "recomputation"]].agg(" ".join, axis=1).tolist() == [
+        "bf16 off", "bf16 on", "fp32 off", "fp32 on",
+    ]  # fmt: skip
+    assert (rows["eager_ms"] > 0).all()
+
+
+def test_steps_of_a_system_are_rows(step, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "EAGER", 1)
+    monkeypatch.setattr(step.data, "present", list)
+    monkeypatch.setattr(step.train, "build_model", lambda config: nn.Conv3d(1, 3, 1))
+    words = ("--system", "none", "--system", "forward", "--batch-size", 1)
+    invoke(step, "small", tmp_path / "small.csv", *words)
+    rows = tables.read(tmp_path / "small.csv")
+    assert [*zip(rows["system"], rows["precision"], strict=True)] == [
+        ("none", "fp32"), ("forward", "fp32"), ("none", "bf16"),
+    ]  # fmt: skip
+    assert (rows["eager_ms"] > 0).all()
+
+
+def test_only_rows_that_are_missing_or_failed_are_measured(step, tmp_path, monkeypatch):
+    out, measured, broken = tmp_path / "step.csv", [], ["unetr"]
+
+    def fake(work):
+        measured.append((work.peer, work.precision))
+        yield {"eager_ms": 1.5}
+        if work.peer in broken:
+            raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(step, "measure_gpu", fake)
+    words = ("gpu", out, "--peer", "unet", "--peer", "unetr")
+    invoke(step, *words)
+    rows = tables.read(out)
+    assert len(rows) == len(measured) == 8
+    assert rows.query("network == 'unetr'")["error"].unique() == ["RuntimeError: two lines"]
+    assert rows.query("network == 'unet'")["error"].isna().all()
+
+    kept = rows.query("precision == 'bf16'").drop(columns=["device", "commit"])
+    tables.write(kept, out)
+    measured.clear(), broken.clear()
+    invoke(step, *words)
+    assert measured == [("unetr", "bf16")] * 2 + [("unet", "fp32"), ("unetr", "fp32")] * 2
+    assert len(tables.read(out)) == 8
+    measured.clear()
+    invoke(step, *words, "--size", 96)
+    assert len(measured) == 8
