@@ -1,11 +1,14 @@
-"""Trainings: the accuracy that seconds on a GPU buy, and whether work survives `kill -9`.
+"""Trainings: the accuracy that seconds on a GPU buy, several GPUs, the same bits again, and work after `kill -9`.
 
 python benchmarks/train.py seconds OUT.csv      # results/reference/gpu/training.csv
+python benchmarks/train.py gpus OUT.csv         # results/reference/gpu/ddp.csv
+python benchmarks/train.py determinism OUT.csv  # results/reference/gpu/determinism.csv
 python benchmarks/train.py kill --kills 10      # results/reference/cpu/kill_test.csv
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -13,11 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -198,6 +204,51 @@ def row(what: str, config: RunConfig, processes: int, **values: float) -> dict[s
         **{name: getattr(config, name) for name in settings},
         "processes": processes,
         **values,
+    }
+
+
+# --- The same bits again --------------------------------------------------------------------------
+
+
+@app.command()
+def determinism(out: Path, steps: int = 100) -> None:
+    """Train `small` on hippocampus twice, then with torch's deterministic algorithms, each in a fresh process.
+
+    Columns: `algorithms` (`usual` or `deterministic`), `steps` of 8 patches, `ms_per_step` (the median of the second
+    half, samples included), `sha256` of the weights, `same` (as the first row's), `nondeterministic` (the operators
+    that have no deterministic implementation, by torch's warnings).
+    """
+    config = config_for("default", "hippocampus", steps=steps, batch_size=8)
+    rows: list[dict] = []
+    for algorithms in ("usual", "usual", "deterministic"):
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            found = process.submit(train_once, config, algorithms).result()
+        same = found["sha256"] == (rows[0] if rows else found)["sha256"]
+        rows.append({"algorithms": algorithms, "steps": steps, **found, "same": same})
+        machine.write_table(pd.DataFrame(rows), out)
+        print(rows[-1], flush=True)
+
+
+def train_once(config: RunConfig, algorithms: str) -> dict[str, Any]:
+    """Time and weights of a training; what is `deterministic` stays so in this process."""
+    if algorithms == "deterministic":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # is read when CUDA starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.dict(os.environ, SRLIB_RESULTS=folder),
+        warnings.catch_warnings(record=True) as said,
+    ):
+        warnings.simplefilter("always")
+        times = train.train(config).history["seconds"].diff()
+        found = weights_and_losses(Path(folder))
+    del found["history"]
+    named = {str(w.message).split()[0] for w in said if "deterministic impl" in str(w.message)}
+    return {
+        "ms_per_step": 1000 * float(times.tail(config.steps // 2).median()),
+        "sha256": hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest(),
+        "nondeterministic": " ".join(sorted(named)),
     }
 
 

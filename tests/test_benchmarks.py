@@ -6,10 +6,12 @@ import importlib.util
 from types import ModuleType
 
 import pytest
+import torch
 from torch import nn
 from typer.testing import CliRunner
 
 from srlib import files, tables
+from srlib.run.runs import config_for
 
 
 def benchmark(name: str) -> ModuleType:
@@ -79,3 +81,20 @@ def test_only_rows_that_are_missing_or_failed_are_measured(step, tmp_path, monke
     measured.clear()
     invoke(step, *words, "--size", 96)
     assert len(measured) == 8
+
+
+def test_a_training_is_the_same_again(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    once, config = benchmark("train").train_once, config_for("smoke", "mni152", steps=4)
+    try:
+        usual, again = once(config, "usual"), once(config, "deterministic")
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+    assert (
+        usual["sha256"]
+        == again["sha256"]
+        != once(config_for("smoke", "mni152", steps=2), "usual")["sha256"]
+    )
+    assert usual["ms_per_step"] > 0
