@@ -65,7 +65,8 @@ ALIKE = {
 }
 TABLE, GROUPS, PIXELS = (0x0028, 0x3000), ((0x5200, 0x9229), (0x5200, 0x9230)), (0x7FE0, 0x0010)
 UNDEFINED = 0xFFFFFFFF  # length of what is compressed
-DEFLATED = b"1.2.840.10008.1.2.1.99"
+DEFLATED = b"\2\0\x10\0UI\x16\x001.2.840.10008.1.2.1.99"  # the element of the meta header
+UNPACKED = 1 << 28  # bytes of a deflated slice; 8192 x 8192 voxels of 32 bits
 CONVERT = "; convert it with dcm2niix first"
 logger = logging.getLogger("srlib")
 
@@ -160,7 +161,7 @@ def _slices(folder: Path) -> list[Slice]:
             slices.append(_slice(path))
         except DataError as error:
             faults[str(error).removeprefix(f"{path}: ")].append(path)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError, OSError):
             if path.suffix.lower() in OTHERS and not is_dicom(path):
                 others.append(path.name)
                 continue
@@ -195,6 +196,7 @@ def _slices(folder: Path) -> list[Slice]:
 
 
 def _slice(path: Path) -> Slice:
+    unpacked = _inflated(path)  # before GDCM does so, which has no bound
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
@@ -207,7 +209,7 @@ def _slice(path: Path) -> Slice:
         raise DataError(f"{path}: multi-frame DICOM{CONVERT}")
     size = [int(about[tag]) for tag in ("0028|0010", "0028|0011", "0028|0002", "0028|0100")]
     expected = prod(size) // 8
-    header, found = _header(path, expected)
+    header, found = _header(unpacked or path.read_bytes(), expected)
     if any(_holds(header, tag) for tag in GROUPS):
         raise DataError(f"{path}: enhanced DICOM{CONVERT}")
     if "MOSAIC" in about["0008|0008"].upper():
@@ -267,16 +269,32 @@ def _check_voxels(path: Path, about: dict[str, str], header: bytes) -> None:
         raise DataError(f"{path}: expected one number a voxel, got {about['0028|0002']}")
 
 
-def _header(path: Path, expected: int) -> tuple[bytes, int]:
-    """Bytes of a file without its voxels, which are kept where they are compressed, and how many those are.
+def _inflated(path: Path) -> bytes:
+    """What a deflated file holds after its meta header, empty for another file; `DataError` above `UNPACKED`."""
+    with path.open("rb") as file:
+        meta = file.read(1 << 16)
+        if DEFLATED not in meta:
+            return b""
+        file.seek(144 + int.from_bytes(meta[140:144], "little"))
+        unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            content = unpacker.decompress(file.read(UNPACKED), UNPACKED)
+        except zlib.error as error:
+            raise DataError(f"{path}: deflated, and cannot be unpacked; damaged") from error
+    if unpacker.eof:
+        return content
+    if len(content) < UNPACKED:
+        raise DataError(f"{path}: deflated, and ends too early; damaged")
+    most = f"{UNPACKED / 2**20:g} MiB"
+    raise DataError(f"{path}: deflated, and unpacks to more than {most}; expected one slice")
+
+
+def _header(content: bytes, expected: int) -> tuple[bytes, int]:
+    """Bytes of a file's `content` without its voxels, which are kept where they are compressed, and how many those are.
 
     GDCM fills voxels that end before they are the `expected` bytes with whatever memory held; of compressed ones it
     tells most damage itself.
     """
-    content = path.read_bytes()
-    if DEFLATED in content[:1024]:  # all after the meta header
-        start = 144 + int.from_bytes(content[140:144], "little")
-        content = zlib.decompress(content[start:], -zlib.MAX_WBITS)
     found = 0
     for _, length, start in _elements(content, PIXELS):
         if length == UNDEFINED:

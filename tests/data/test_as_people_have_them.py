@@ -210,6 +210,28 @@ def test_a_table_of_voxels_is_found_in_every_encoding(tmp_path, encoding, table)
         np.testing.assert_array_equal(scans.read(tmp_path).array[..., 0].T.ravel(), pixels)
 
 
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "a.dcm").symlink_to("nothing")
+    assert f"{tmp_path / 'a.dcm'}: no slice that can be read" in refusal(tmp_path)
+
+
+def test_a_deflated_slice_is_unpacked_up_to_a_bound(tmp_path, monkeypatch):
+    file = tmp_path / "a.dcm"
+    write_slice(file, "deflated", np.zeros(480), table=False)
+    whole = file.read_bytes()
+    start = 144 + int.from_bytes(whole[140:144], "little")
+    for content, message in (
+        (whole[:-20], "deflated, and ends too early"),
+        (whole[:start] + b"\xff" * 40, "deflated, and cannot be unpacked"),
+    ):
+        file.write_bytes(content)
+        assert f"{file}: {message}" in refusal(tmp_path)
+    file.write_bytes(whole)
+    assert not scans.read(tmp_path).array.any()
+    monkeypatch.setattr("srlib.data.dicom.UNPACKED", 960)  # its voxels alone
+    assert f"{file}: deflated, and unpacks to more than" in refusal(tmp_path)
+
+
 def test_a_fault_of_many_slices_is_one_line(tmp_path):
     series = dicom(tmp_path / "series", [(0, 0, 2 * k) for k in range(8)])
     said = refusal(edit(series, (0x0028, 0x0030), ""))
