@@ -17,7 +17,7 @@ import typer
 from torch import nn
 
 from srlib import data, files, machine, tables
-from srlib.net.model import FEATURES
+from srlib.export.hub import card
 from srlib.net.peers import PEERS
 from srlib.run import evaluate, predict, runs, train
 from srlib.run.runs import RunConfig
@@ -28,21 +28,8 @@ app = typer.Typer(help=__doc__, rich_markup_mode=None)
 
 # --- A small trained network, and its model card --------------------------------------------------
 
-CARD = """# `tiny` for {name}
-
-SegResMamba with {features} channels ({parameters:,} parameters, half precision), for {title}.
-
-- **Use**: `python -m srlib predict {file} SCAN... --out DIR`, and `00_start_here`. It shows what the network does; it
-  is no medical device, and no result of the collection rests on it.
-- **Input**: {modalities}, resampled to {spacing} mm, robust z-scores. **Output**: background, {classes}.
-- **Trained on** {training} cases of fold 0 (data fingerprint {fingerprint}), seed {seed}: {steps} steps of
-  {batch} patches of {patch} voxels, AdamW, learning rate {rate}; on {device}, torch {torch}, commit {commit}.
-- **Held-out** {held_out} cases of fold 0, mean (standard deviation over cases): {scores}.
-- **Limits**: {limits}
-- **Data and licence of the data**: {source}; {licence}. {citation}.
-"""
-VIRTUAL = "trained on a virtual cohort of one deformed template: it has never seen a patient."
-REAL = "one data set, crops around the structure; whole heads and other scanners were never seen."
+USE = """`python -m srlib predict {file} SCAN... --out DIR`, and `00_start_here`. It shows what the network does; no
+  result of the collection rests on it. The weights are rounded to half precision"""
 
 
 @app.command()
@@ -56,47 +43,10 @@ def network(dataset: str, steps: int = 1500) -> None:
         scores = evaluate.evaluate(config, checkpoint=Path(scratch, "tiny.safetensors"))
     file = predict.provided(dataset)
     save_trained(file, rounded)
-    parameters = sum(tensor.numel() for tensor in rounded.weights.values())
+    use = USE.format(file=file.relative_to(files.ROOT))
     with files.atomic_path(file.with_suffix(".md")) as temporary:
-        temporary.write_text(card(config, parameters, scores))
+        temporary.write_text(card(rounded, scores, use), encoding="utf-8")
     typer.echo(file.with_suffix(".md").read_text())
-
-
-def card(config: RunConfig, parameters: int, scores: pd.DataFrame) -> str:
-    """The model card, from what was done and found."""
-    dataset, facts = data.open(config.dataset), machine.describe()
-    entry = dataset.entry
-    means = [
-        f"Dice {name} {table['dice'].mean():.3f} ({table['dice'].std():.3f}), "
-        f"HD95 {table['hd95'].mean():.1f} mm ({table['hd95'].std():.1f})"
-        for name, table in scores.groupby("class", sort=False)
-    ]
-    return CARD.format(
-        name=config.dataset,
-        features=", ".join(map(str, FEATURES["tiny"])),
-        parameters=parameters,
-        title=f"{entry.title} ({entry.task})",
-        file=f"results/reference/{config.dataset}/tiny.safetensors",
-        modalities=", ".join(entry.modalities),
-        spacing="x".join(f"{mm:g}" for mm in entry.spacing),
-        classes=", ".join(entry.classes),
-        training=len(dataset.split(config.fold).train),
-        held_out=scores["case"].nunique(),
-        fingerprint=dataset.fingerprint,
-        seed=config.seed,
-        steps=config.steps,
-        batch=config.batch_size,
-        patch="x".join(map(str, config.patch_size)),
-        rate=config.learning_rate,
-        device=facts["device"],
-        torch=facts["versions"]["torch"],
-        commit=facts["commit"][:8],
-        scores="; ".join(means),
-        limits=VIRTUAL if entry.virtual else REAL,
-        source=entry.source,
-        licence=entry.licence,
-        citation=entry.citation,
-    )
 
 
 # --- Effective receptive fields -------------------------------------------------------------------

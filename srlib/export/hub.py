@@ -4,7 +4,7 @@
 |---|---|
 | `model.safetensors` | as a run's: `python -m srlib predict` takes the folder |
 | `config.json` | arguments of `SegResMamba`, which `SegResMamba.from_pretrained(folder)` reads |
-| `README.md` | the card: data, metrics and how they were measured, limits, licences |
+| `README.md` | metadata that a hub reads, and the card: data, metrics and how they were measured, limits, licences |
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from srlib.files import atomic_folder
 from srlib.run.evaluate import METRICS, stored_scores
 from srlib.run.train import Trained, load_trained, network_arguments, save_trained
 
-CARD = """---
+FRONT = """---
 library_name: srlib
 tags: [medical, 3d, segmentation, segresmamba]
 ---
 
-# SegResMamba for {entry.title}
+"""
+CARD = """# SegResMamba for {entry.title}
 
 SegResMamba (Das et al., MIDL 2025, arXiv:2503.07766), size `{config.model}`, {parameters:,} parameters, trained for:
 {entry.task}.
@@ -60,7 +61,7 @@ Written by srlib {here}.
 
 - Code: srlib, Apache-2.0.
 - Data that it was trained on: {entry.licence}.
-- These weights: for whoever publishes them to state (`license:` at the top), within the licence of the data.
+- These weights: for whoever publishes them to state, within the licence of the data.
 """
 MEASURED = """Mean (standard deviation) over {n} held-out cases, on the grid of {spacing} mm, of masks from windows that
 overlap by half, by `monai.metrics` (`python -m srlib evaluate`; empty structures have documented values). NSD:
@@ -96,7 +97,7 @@ def write(checkpoint: Path, folder: Path) -> None:
     with new_folder(folder) as made:
         save_trained(made / "model.safetensors", published(trained))
         (made / "config.json").write_text(json.dumps(arguments, indent=1) + "\n")
-        (made / "README.md").write_text(text, encoding="utf-8")
+        (made / "README.md").write_text(FRONT + text, encoding="utf-8")
 
 
 @contextmanager
