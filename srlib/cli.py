@@ -369,7 +369,7 @@ def train(
     def configure() -> runs.RunConfig:
         name = str(folder.resolve()) if folder else data.get(dataset).name
         settings: dict[str, Any] = {"model": model, "steps": steps, "batch_size": batch_size}
-        settings |= {"learning_rate": learning_rate, "warmup": max(1, min(50, steps // 10))}
+        settings["learning_rate"] = learning_rate
         if patch:
             settings["patch_size"] = patch
         return runs.config_for("default", name, fold, seed, **settings)

@@ -36,7 +36,7 @@ REFERENCE = ROOT / "results" / "reference"
 # Version of everything that results depend on. Raise it by hand when a change of the code alters them: a run, its
 # scores, prepared cases, plans and executed notebooks of another version are computed anew. `tests/test_recipe.py`
 # trains a tiny network and fails when its numbers move while this one does not.
-RECIPE = 1
+RECIPE = 2
 # Bytes; with fewer a disk counts as full where a library says only that writing failed.
 SPARE = 1 << 20
 LONGEST_WAIT = 7 * 24 * 3600.0  # seconds, of what may rightly take days, as another's training

@@ -27,7 +27,9 @@ from srlib.book import collection
 from srlib.run import runs, train
 from srlib.run.runs import RunConfig
 
-QUICK = RunConfig("mni152", steps=2, model="tiny", batch_size=1, patch_size=(36, 20, 20), warmup=1)
+QUICK = RunConfig(
+    "mni152", steps=2, model="tiny", batch_size=1, patch_size=(36, 20, 20), warmup=0.5
+)
 OPTIONS = ("--model", "tiny", "--steps", "2", "--batch-size", "1", "--patch", "36", "20", "20")
 
 
@@ -291,7 +293,13 @@ def test_a_state_that_cannot_be_resumed_from_is_left_where_it_is(results, make, 
 def cli_config() -> RunConfig:
     """What the command trains with `OPTIONS`."""
     return runs.config_for(
-        "default", "mni152", model="tiny", steps=2, batch_size=1, patch_size=(36, 20, 20), warmup=1
+        "default",
+        "mni152",
+        model="tiny",
+        steps=2,
+        batch_size=1,
+        patch_size=(36, 20, 20),
+        warmup=0.5,
     )
 
 

@@ -436,6 +436,8 @@ def _child(
 def step_memory(network: str, in_channels: int, out_channels: int) -> tuple[float, float]:
     """Count the GiB of a training step of SegResMamba: whatever the patch, and for each voxel of it.
 
+    The first part is weights, twice since their average is kept, gradients and the optimizer's state.
+
     Args:
         network: its size, a name in `srlib.net.model.FEATURES`.
         in_channels: of the images.
@@ -448,5 +450,5 @@ def step_memory(network: str, in_channels: int, out_channels: int) -> tuple[floa
         raise ValueError(f"network {network!r} is not one of {', '.join(FEATURES)}")
     edge, size = 48, (("features", FEATURES[network]),)
     totals = count(Workload("segresmamba", edge, in_channels, out_channels, settings=size)).totals
-    fixed = totals["weights"] + totals["gradients"] + totals["optimizer"]
-    return fixed, (totals["peak"] - fixed) / edge**3
+    counted = totals["weights"] + totals["gradients"] + totals["optimizer"]
+    return counted + totals["weights"], (totals["peak"] - counted) / edge**3

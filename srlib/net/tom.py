@@ -95,7 +95,9 @@ class TriOrientedMamba(nn.Module):
         self.add_module(f"dt_proj{suffix}", dt_proj)
         if self.recurrence:
             rates = torch.arange(1, self.d_state + 1, dtype=torch.float32).repeat(width, 1)
-            self.register_parameter(f"A{suffix}_log", nn.Parameter(torch.log(rates)))
+            A_log = nn.Parameter(torch.log(rates))
+            A_log._no_weight_decay = True  # type: ignore[attr-defined]  # mamba-ssm's mark
+            self.register_parameter(f"A{suffix}_log", A_log)
         self.register_parameter(f"D{suffix}", nn.Parameter(torch.ones(width)))
 
     def forward(self, tokens: Tensor, depth: int) -> Tensor:

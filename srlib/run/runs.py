@@ -43,8 +43,8 @@ class RunConfig:
         batch_size: patches a step, of all processes together.
         patch_size: voxels of a patch (D, H, W), also the window of inference.
         learning_rate: peak of the schedule.
-        weight_decay: of AdamW.
-        warmup: steps of linear warm-up.
+        weight_decay: of AdamW, for all but vectors and A.
+        warmup: share of the steps with linear warm-up, 0 to below 1.
         augment: random affine, flips, intensity and noise.
         precision: Lightning Fabric's name, `32-true` or `bf16-mixed`.
         test_cases: how many held-out cases are evaluated; `None` is all.
@@ -69,7 +69,7 @@ class RunConfig:
     patch_size: tuple[int, int, int] = DEFAULT.patch_size
     learning_rate: float = DEFAULT.learning_rate
     weight_decay: float = 1e-2
-    warmup: int = 50
+    warmup: float = 0.05
     augment: bool = True
     precision: str = "32-true"
     test_cases: int | None = None
@@ -82,6 +82,10 @@ class RunConfig:
         for name in ("steps", "batch_size", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(
+                f"warmup is a share of the steps, from 0 to below 1, got {self.warmup}"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
@@ -106,7 +110,6 @@ def config_for(
     del settings["name"]
     if entry.median_size and profile != "smoke" and "patch_size" not in overrides:
         settings["patch_size"], _ = planned_patch(entry)
-    settings.setdefault("warmup", max(1, min(50, settings["steps"] // 10)))
     return RunConfig(dataset=entry.name, fold=fold, seed=seed, **settings)
 
 

@@ -3,13 +3,17 @@
 Every sample is a function of (seed, step, index) and the learning rate a function of the step, so a run that was
 interrupted and resumed computes the same weights as one that was not, bit for bit on the CPU.
 
+Gradients are clipped to a norm of 1; AdamW's weight decay leaves out what mamba-ssm leaves out, vectors and the rates A
+of forgetting. The trained network is an average over the steps: an exponential moving average of weights and buffers,
+which at first forgets faster, so that nothing of the initial weights stays.
+
 Under torchrun the processes share each batch. As many samples each, loss and gradients of the batch are the means of
 theirs; nothing in the networks or the loss looks across samples.
 
 | file of a run | content |
 |---|---|
-| `checkpoint.pt` | weights, optimizer and history of an unfinished run, and its configuration |
-| `model.safetensors` | trained weights; as metadata what was trained, on which data and cases, and with what |
+| `checkpoint.pt` | weights, their average, optimizer and history of an unfinished run, and its configuration |
+| `model.safetensors` | averaged weights; as metadata what was trained, on which data and cases, and with what |
 | `history.csv`, `run.json` | loss and learning rate of each step; the record that marks the run as done |
 
 No file is read as a pickle, which could run code: PyTorch loads the first with `weights_only`. Fabric's `save` is not
@@ -60,6 +64,12 @@ if TYPE_CHECKING:
 
 # Types of weights: as trained, rounded as in the repository's small networks, and counters.
 WEIGHTS = (torch.float32, torch.float16, torch.int64)
+BETAS = (0.9, 0.99)
+CLIP = 1.0  # norm of all gradients together
+AVERAGE = 0.998  # what a step keeps of the average
+# A training has diverged when the mean of its last losses, some 20, is so many times its lowest value. A loss may end
+# near 0, where one wrong voxel is many times as much.
+LAST, DIVERGED, LOWEST = 20, 10.0, 0.05
 logger = logging.getLogger("srlib")
 
 
@@ -128,10 +138,68 @@ def network_arguments(config: RunConfig, entry: data.Entry) -> dict[str, Any]:
 
 def learning_rate(config: RunConfig, step: int) -> float:
     """Linear warm-up to the peak, then polynomial decay with exponent 0.9 (as nnU-Net's), for 0-based `step`."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    remaining = (config.steps - step) / (config.steps - config.warmup)
+    warmup = round(config.warmup * config.steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    remaining = (config.steps - step) / (config.steps - warmup)
     return config.learning_rate * remaining**0.9
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters for AdamW in two groups: without weight decay are vectors, and what mamba-ssm marks, A_log.
+
+    A decay pulls a norm's scale, a bias or a rate of forgetting towards a value that means nothing.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in network.parameters():
+        exempt = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
+        groups[not exempt].append(parameter)
+    return [
+        {"params": of, "weight_decay": weight_decay * decays} for decays, of in groups.items() if of
+    ]
+
+
+class WeightAverage:
+    """Exponential moving average of a network's weights and floating-point buffers.
+
+    Step n (from 0) keeps min(0.998, (1 + n) / (10 + n)) of it, as TensorFlow's `ExponentialMovingAverage` does.
+
+    Args:
+        network: stays where it is; its tensors are read.
+
+    Attributes:
+        values: name -> averaged tensor; counters are the network's own.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        now = network.state_dict()  # shares the network's memory
+        floats = [name for name, tensor in now.items() if tensor.is_floating_point()]
+        self.values = now | {name: now[name].clone() for name in floats}
+        self._mine = [self.values[name] for name in floats]
+        self._now = [now[name] for name in floats]
+
+    def update(self, step: int) -> None:
+        """Take the weights after step `step` in."""
+        kept = min(AVERAGE, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._mine, self._now, 1 - kept)
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Go on from the average that a checkpoint holds."""
+        for name, tensor in self.values.items():
+            tensor.copy_(values[name])
+
+
+class Divergence:
+    """The running mean of a training's losses, held against its lowest value so far."""
+
+    def __init__(self) -> None:
+        self.mean = self.lowest = math.inf
+
+    def add(self, loss: float) -> bool:
+        """Take the loss of the next step in; tell whether the training has diverged."""
+        self.mean = loss if math.isinf(self.mean) else self.mean + (loss - self.mean) / LAST
+        self.lowest = min(self.lowest, max(self.mean, LOWEST))
+        return self.mean > DIVERGED * self.lowest
 
 
 def train(
@@ -152,7 +220,8 @@ def train(
             the data set is not any more what it was.
         CheckpointError: the state to resume from is broken or another run's.
         OSError: nothing can be written, as on a full disk; what was written before stays.
-        FloatingPointError: the training diverged; the state before stays.
+        FloatingPointError: the training diverged: the mean of some 20 losses rose tenfold, or a number is
+            not finite any more; the state before stays.
     """
     if config.batch_size % processes():
         raise ValueError(
@@ -220,13 +289,18 @@ def _train(
     origin, files = about_to_train(config, dataset), dataset.file_states()
     _require_unchanged(origin, files, folder)
     network = build_model(config, dataset.entry)
-    adamw = torch.optim.AdamW(network.parameters(), weight_decay=config.weight_decay, fused=True)
+    groups = parameter_groups(network, config.weight_decay)
+    adamw = torch.optim.AdamW(groups, betas=BETAS, fused=True)
     model, optimizer = fabric.setup(network, adamw)
+    average, divergence = WeightAverage(network), Divergence()
     found = fabric.is_global_zero and checkpoint.is_file()
     if state := fabric.broadcast(load_state(checkpoint, config) if found else None):
         network.load_state_dict(state["model"])
+        average.load(state["average"])
         adamw.load_state_dict(state["optimizer"])
         history = [tuple(row) for row in state["history"].tolist()]
+        for row in history:
+            divergence.add(row[1])
     if fabric.device.type == "cuda":
         capturable(adamw)
     loss_function = labels.loss_function(dataset.entry)
@@ -247,18 +321,21 @@ def _train(
         optimizer.zero_grad()
         loss = loss_function(model(image), label)
         fabric.backward(loss)
+        nn.utils.clip_grad_norm_(network.parameters(), CLIP, foreach=True)
         optimizer.step()
         return loss.detach()
 
-    def require_finite(step: int, finite: bool) -> None:
-        if not finite:
+    def require(fine: bool, step: int, what: str) -> None:
+        if not fine:
             raise FloatingPointError(
-                f"step {step}: loss or weights are no finite numbers any more, and nothing more is saved;"
+                f"step {step}: {what}, and nothing more is saved;"
                 f" try a lower learning rate than {config.learning_rate:g}"
             )
 
+    no_numbers = "loss or weights are no finite numbers any more"
+
     def check_before_saving(step: int) -> None:
-        require_finite(step, all(bool(w.isfinite().all()) for w in network.parameters()))
+        require(all(bool(w.isfinite().all()) for w in network.parameters()), step, no_numbers)
         _require_unchanged(origin, files, folder)
 
     several = "several processes exchange gradients" if processes() > 1 else ""
@@ -273,21 +350,26 @@ def _train(
         batch = next(coming, {})  # is made while a GPU takes the step
         mean: Any = fabric.all_reduce(loss, reduce_op="mean")  # of the processes
         of_batch = float(mean)
-        require_finite(step, math.isfinite(of_batch))
+        require(math.isfinite(of_batch), step, no_numbers)
+        diverged = divergence.add(of_batch)
+        rise = f"the loss rose from {divergence.lowest:.3g} to {divergence.mean:.3g}, the training diverged"
+        require(not diverged, step, rise)
+        average.update(step)
         now = time.perf_counter()
         history.append((step, of_batch, learning_rate(config, step), now - start))
         bar.set_postfix(loss=f"{of_batch:.3f}", refresh=False)
         bar.update()
         if fabric.is_global_zero and now - saved > interval:
             check_before_saving(step)
-            reached = {"model": network.state_dict(), "optimizer": adamw.state_dict()}
+            reached = {"model": network.state_dict(), "average": average.values}
+            reached["optimizer"] = adamw.state_dict()
             rows = torch.tensor(history, dtype=torch.float64)
             save_state(checkpoint, config, reached | {"history": rows})
             saved = now
     bar.close()
     if fabric.is_global_zero:
         check_before_saving(config.steps - 1)
-        _save_result(origin._replace(weights=network.state_dict()), folder, history)
+        _save_result(origin._replace(weights=average.values), folder, history)
     fabric.barrier()  # what comes next reads it
 
 
@@ -458,6 +540,8 @@ def load_trained(path: Path) -> Trained:
         about = tuples(metadata)
         facts = about["fingerprint"], data.Split(**about["split"]), about["versions"]
         about["dataset"].pop("patch_size", None)  # of networks from before it was planned apart
+        if about["config"]["warmup"] >= 1:  # of networks from before it was a share
+            about["config"]["warmup"] /= about["config"]["steps"]
         config, entry = RunConfig(**about["config"]), data.Entry(**about["dataset"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

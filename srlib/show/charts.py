@@ -24,7 +24,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import ArrayLike
 
 from srlib.data import cue
-from srlib.study import claims, grid, statistics
+from srlib.study import claims, statistics
 
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#595959"
@@ -304,41 +304,6 @@ def paired_rows(cases: pd.DataFrame, reference: str) -> Figure:
     axis.set(xlabel=f"Dice, minus that of {base} in the same case\n{corrected}")
     _name_rows(axis, table["system"], cases)
     _legend(figure, axis)
-    return figure
-
-
-def dice_over_minutes(cases: pd.DataFrame, panels: Mapping[str, Collection[str]]) -> Figure:
-    """Mean Dice with its 95 % interval against the minutes of training, a line for each system.
-
-    Budgets up to `grid.MINUTES` are joined; a longer training stands alone. The axis is made for the better half: a
-    line that starts far below it comes from outside.
-
-    Args:
-        cases: runs of several budgets of time, at least one.
-        panels: title -> keys of the systems in it; a system without a run is left out.
-    """
-    rows = pd.concat(
-        statistics.summary(runs, ["dice"]).assign(minutes=minutes)
-        for minutes, runs in cases.groupby("minutes")
-    ).query("`class` == @statistics.MEAN")
-    titles, ticks = _titles(cases), sorted(rows["minutes"].unique())
-    figure, axes = subplots(1, len(panels), height=4.4, sharey=True, squeeze=False)
-    for axis, (title, systems) in zip(axes[0], panels.items(), strict=True):
-        shown = [system for system in titles if system in systems]
-        for k, system in enumerate(shown):
-            points = rows[rows["system"] == system]
-            beside = 1.03 ** (k - (len(shown) - 1) / 2)  # intervals side by side
-            style = _style(k, COLOURS) | {"capsize": 2, "label": titles[system]}
-            for _, part in points.groupby(points["minutes"] > grid.MINUTES):
-                at = part["minutes"] * beside
-                axis.errorbar(at, part["mean"], _reach(part, "mean"), **style)
-        axis.set(xscale="log", xlabel="minutes of training on a CPU")
-        axis.set_xticks(ticks, [f"{minutes:g}" for minutes in ticks])
-        axis.set_xticks([], minor=True)
-        _legend(axis, axis, 2, title=title, loc="lower center", bbox_to_anchor=(0.5, 1))
-    middle, top = rows["mean"].median(), rows["high"].max()
-    low = max(axes[0, 0].get_ylim()[0], middle - 4 * (top - middle))
-    axes[0, 0].set(ylabel="mean Dice (1: perfect)", ylim=(low, None))
     return figure
 
 

@@ -4,10 +4,13 @@ A *system* is a network by what is special about it, a *grid* a list of runs in 
 runs are rows of two files of the repository, `results/reference/<dataset>/runs.csv`, their metrics per case and class,
 and `runs.jsonl`, what each was and what it was computed with. Notebooks read these and train nothing.
 
+What is run, and how it is judged, is written down in docs/plan.md before the first run; the grids are its lists.
+Fold 0 is for development, learning rates are searched on it; verdicts rest on the folds 1 to 4.
+
 Two budgets are never mixed. At *equal steps* each system takes the same number of optimizer steps. At *equal time*
-a system takes as many as fit into given minutes on two cores of a CPU, by the seconds a step that
-`results/reference/cpu/systems.csv` holds. Steps are the budget in both, so a run may be computed on any device.
-(`python -m srlib bench step systems` measures these seconds here; to store them would plan all such runs anew.)
+a system takes as many as fit into the time that SegResMamba's take on a GPU, by the milliseconds a captured step that
+`results/reference/gpu/small.csv` holds (`python -m srlib bench step small`). Steps are the budget in both, so a run may
+be computed on any device.
 
 Runs are computed by any `concurrent.futures.Executor`: processes of this machine, workers of Dask, jobs of SLURM;
 docs/scale-out.md says how, and what becomes of a run whose worker dies.
@@ -15,6 +18,7 @@ docs/scale-out.md says how, and what becomes of a run whose worker dies.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -30,8 +34,8 @@ from concurrent.futures import (
     wait,
 )
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache, lru_cache
-from itertools import chain, product
+from functools import lru_cache
+from itertools import product
 from math import nan
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -51,16 +55,16 @@ from srlib.run.runs import RunConfig, config_for, run_dir
 from srlib.run.train import build_model, train
 
 DATASET = "hippocampus"
+PATCH = (48, 64, 48)  # voxels; holds a whole case
+BATCH = 8
+STEPS = 3000
 SEEDS = (0, 1, 2)
-FOLDS = (0, 1, 2, 3, 4)
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # the search that every system is given
-RATE_FOLD = 1  # its held-out cases, which fold 0 trains on, decide
-RATE_STEPS = 600
-MINUTES = 12.0  # of one training, on two CPU cores
-LONG_MINUTES = 60.0
+SEARCH_FOLD = 0
+FOLDS = (1, 2, 3, 4)  # of the verdicts
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FIRST_RATES = slice(2, 6)  # the search goes on beyond these where an end is the best
 CUE_RATE = 2e-3
 CUE_STEPS = 800
-CURVE_MINUTES = (1.5, 3.0, 6.0)  # Dice against minutes; MINUTES are its last point
 
 
 class System(NamedTuple):
@@ -79,29 +83,60 @@ SYSTEMS: dict[str, System] = {
     "forward": System("one scan order", {"scan_orders": ("forward",)}),
     "forward_reverse": System("two scan orders", {"scan_orders": ("forward", "reverse")}),
     "slices4": System("4 slices", {"nslices": 4}),
+    "front_back": System("slices from back to front", {"slice_axis": 1}),
+    "up_down": System("slices from bottom to top", {"slice_axis": 2}),
     "residual": System("ToM adds its input", {"tom_residual": True}),
     "no_recurrence": System("no recurrence", {"recurrence": False}),
     "no_extra_conv": System("no extra convolution", {"extra_conv": False}),
     "segmamba_block": System("SegMamba's block", {"block": "segmamba"}),
+    "neither": System(
+        "SegMamba's block, no extra convolution", {"block": "segmamba", "extra_conv": False}
+    ),
     **{name: System(peer.title, {"model": name}) for name, peer in SMALL.items()},
 }
 TOM = ("segresmamba", "none", "conv")
 CUE_SYSTEMS = (*TOM, "no_recurrence")
+PARTS = ("no_extra_conv", "segmamba_block", "neither")  # what table 4 leaves out
 ABLATIONS = tuple(name for name in SYSTEMS if name not in (*TOM, *SMALL))
+# Searched for are the rates of these; each other system takes its nearest kin's.
+SEARCHED = ("segresmamba", "none", "unet", "unetr")
+KIN = {"conv": "none", "swin_unetr": "unetr", "nnunet": "unet", "segresnet": "unet"}
 
 
 class Planned(NamedTuple):
-    """A run of a grid, and the minutes that are its budget; NaN at equal steps."""
+    """A run of a grid, and the minutes of a GPU that are its budget; NaN at equal steps."""
 
     config: RunConfig
     minutes: float
 
 
 def _search() -> Iterator[Planned]:
-    """The search for learning rates: as many steps for each system."""
-    for system, rate in product((*TOM, *SMALL), RATES):
-        settings: dict[str, Any] = {"fold": RATE_FOLD, "steps": RATE_STEPS, "learning_rate": rate}
-        yield Planned(config_of(system, **settings), nan)
+    """The search for learning rates; runs beyond the first rates appear when those are done and an end is the best."""
+    for system in SEARCHED:
+        yield from _search_of(system)[0]
+
+
+def _search_of(system: str) -> tuple[list[Planned], float | None]:
+    """A system's runs of the search as far as they are decided, and the best rate if they are all done.
+
+    A training that diverged has no Dice, so its rate is never the best.
+    """
+    low, high = FIRST_RATES.start, FIRST_RATES.stop
+    while True:
+        plan = [
+            Planned(_of_plan(system, SEARCH_FOLD, 0, learning_rate=rate), nan)
+            for rate in RATES[low:high]
+        ]
+        if not all(is_done(run.config) for run in plan):
+            return plan, None
+        means = _cases(plan).groupby("learning_rate")["dice"].mean()
+        best = RATES[low:high][means.reindex(RATES[low:high]).argmax()]
+        if best == RATES[low] and low > 0:
+            low -= 1
+        elif best == RATES[high - 1] and high < len(RATES):
+            high += 1
+        else:
+            return plan, best
 
 
 def _cue() -> Iterator[Planned]:
@@ -112,34 +147,38 @@ def _cue() -> Iterator[Planned]:
         yield Planned(config, nan)
 
 
-def _at_equal_steps(
-    systems: Iterable[str], seeds: Sequence[int] = (0,), folds: Sequence[int] = (0,)
-) -> Iterator[Planned]:
-    """Runs of as many steps as SegResMamba takes in `MINUTES`, whatever the system."""
-    for fold, seed, system in product(folds, seeds, systems):
-        yield Planned(_tuned(system, steps_in("segresmamba", MINUTES), fold, seed), nan)
+def _at_equal_steps(systems: Iterable[str], seeds: Iterable[int] = (0,)) -> Iterator[Planned]:
+    for seed, fold, system in product(seeds, FOLDS, systems):
+        yield Planned(_tuned(system, fold, seed), nan)
 
 
-def _at_equal_time(
-    systems: Iterable[str], budgets: Sequence[float], seeds: Sequence[int] = (0,)
-) -> Iterator[Planned]:
-    """Runs on fold 0 of as many steps as each system takes in these minutes."""
-    for seed, minutes, system in product(seeds, budgets, systems):
-        yield Planned(_tuned(system, steps_in(system, minutes), 0, seed), minutes)
+def _further_seeds() -> Iterator[Planned]:
+    """Two more trainings a fold of SegResMamba, no ToM and the convolution, then of the best peer once it is known."""
+    best = best_peer()
+    return _at_equal_steps((*TOM, best) if best else TOM, SEEDS[1:])
 
 
-# The runs of each grid, what matters most first.
+def _at_equal_time() -> Iterator[Planned]:
+    """Runs of as many steps as fit into the time that SegResMamba's take on a GPU alone."""
+    step, best = gpu_steps()["captured_ms"], best_peer()
+    budget = STEPS * step["segresmamba"]
+    for fold, system in product(FOLDS, (*TOM, best) if best else TOM):
+        steps = round(budget / step[system])
+        yield Planned(_tuned(system, fold, 0, steps=steps), round(budget / 60_000, 2))
+
+
+# The runs of each grid; those that share STEPS are EQUAL_STEPS.
 GRIDS: dict[str, Callable[[], Iterable[Planned]]] = {
     "rates": _search,
-    # three seeds on fold 0, then the other folds
-    "tom": lambda: chain(_at_equal_steps(TOM, SEEDS), _at_equal_steps(TOM, folds=FOLDS[1:])),
-    "peers": lambda: _at_equal_steps(("segresmamba", *SMALL), SEEDS),
-    "peers-time": lambda: _at_equal_time((*TOM, *SMALL), [MINUTES], SEEDS),
-    "ablations": lambda: _at_equal_steps(ABLATIONS, SEEDS),
+    "tom": lambda: _at_equal_steps(TOM),
+    "peers": lambda: _at_equal_steps(("segresmamba", *SMALL)),
+    "parts": lambda: _at_equal_steps(("segresmamba", *PARTS)),
+    "seeds": _further_seeds,
+    "ablations": lambda: _at_equal_steps(ABLATIONS),
+    "time": _at_equal_time,
     "cue": _cue,
-    "long": lambda: _at_equal_time(["segresmamba"], [LONG_MINUTES]),
-    "curve": lambda: _at_equal_time((*TOM, *SMALL), CURVE_MINUTES),
 }
+EQUAL_STEPS = ("tom", "peers", "parts", "seeds", "ablations")
 
 
 def planned(name: str) -> list[Planned]:
@@ -164,15 +203,29 @@ def config_of(system: str, dataset: str = DATASET, **settings: Any) -> RunConfig
     return config_for("default", dataset, system=system, **SYSTEMS[system].settings, **settings)
 
 
-def _tuned(system: str, steps: int, fold: int, seed: int) -> RunConfig:
-    """A run with the learning rate that the search chose; ablations take SegResMamba's."""
-    rate = learning_rates()["segresmamba" if system in ABLATIONS else system]
-    return config_of(system, fold=fold, seed=seed, steps=steps, learning_rate=rate)
+def _of_plan(system: str, fold: int, seed: int, **settings: Any) -> RunConfig:
+    """A run with the plan's patches; its steps, too, unless others are given."""
+    plan: dict[str, Any] = {"patch_size": PATCH, "batch_size": BATCH, "steps": STEPS} | settings
+    return config_of(system, fold=fold, seed=seed, **plan)
 
 
-def steps_in(system: str, minutes: float) -> int:
-    """Number of steps of a system that fit into these minutes on the CPU that `systems.csv` was measured on."""
-    return round(60 * minutes / systems()["step_seconds"][system])
+def _tuned(system: str, fold: int, seed: int, **settings: Any) -> RunConfig:
+    """A run of the plan with the learning rate that the search chose."""
+    return _of_plan(system, fold, seed, learning_rate=learning_rates()[system], **settings)
+
+
+def best_peer() -> str | None:
+    """The peer with the highest mean Dice at equal steps, seed 0; `None` until all of them are done."""
+    plan = [run for run in planned("peers") if run.config.system in SMALL]
+    if not all(is_done(run.config) for run in plan):
+        return None
+    return str(_cases(plan).groupby("system")["dice"].mean().idxmax())
+
+
+def gpu_steps(precision: str = "fp32") -> pd.DataFrame:
+    """Milliseconds, memory and energy of a step of each system on one GPU, by its key."""
+    table = tables.read(paths.REFERENCE / "gpu" / "small.csv")
+    return table[table["precision"] == precision].set_index("system")
 
 
 def systems() -> pd.DataFrame:
@@ -181,25 +234,18 @@ def systems() -> pd.DataFrame:
 
 
 def learning_rates() -> dict[str, float]:
-    """The rate of each system with the highest mean Dice in the search.
+    """The rate of each system: the one with the highest mean Dice in its search, or in its nearest kin's.
 
     Raises:
         FileNotFoundError: the search is not complete.
     """
-    plan = tuple(_search())
-    if missing := [run for run in plan if not is_done(run.config)]:
+    best = {system: _search_of(system)[1] for system in SEARCHED}
+    if missing := [system for system, rate in best.items() if rate is None]:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(plan)} runs of the learning-rate search are missing:"
-            " python -m srlib grid rates"
+            f"the learning-rate search of {', '.join(missing)} is not complete: python -m srlib grid rates"
         )
-    return _best_rates(plan, paths.REFERENCE)
-
-
-@cache
-def _best_rates(plan: tuple[Planned, ...], _folder: Path) -> dict[str, float]:
-    """The best rates of a search that is complete in that folder, and so does not change."""
-    found = _cases(plan).groupby(["system", "learning_rate"])["dice"].mean().unstack()
-    return {str(system): float(rate) for system, rate in found.idxmax(axis=1).items()}
+    kin = {system: KIN.get(system, "segresmamba") for system in SYSTEMS}
+    return {s: float(best[s if s in best else kin[s]] or nan) for s in SYSTEMS}
 
 
 # --- What is kept of a run -----------------------------------------------------------------------
@@ -289,7 +335,8 @@ def runs(name: str) -> pd.DataFrame:
     for run in planned(name):
         if is_done(run.config):
             record = kept(run.config.dataset).records[run_name(run.config)]
-            made_with = {"device": record["device_name"], "seconds": record["training_seconds"]}
+            made_with = {"device": record["device_name"]}
+            made_with["seconds"] = record.get("training_seconds", nan)  # of one that diverged
             rows.append(_key(run) | made_with | {"commit": record["commit"]})
     return pd.DataFrame(rows, columns=[*KEY, "device", "seconds", "commit"])
 
@@ -303,7 +350,7 @@ def _cases(plan: Iterable[Planned]) -> pd.DataFrame:
     found = [
         kept(run.config.dataset).tables[run_name(run.config)].assign(**_key(run))
         for run in plan
-        if is_done(run.config)
+        if run_name(run.config) in kept(run.config.dataset).tables
     ]
     named = pd.concat([pd.DataFrame(columns=[*KEY, *COLUMNS]), *found], ignore_index=True)
     return named.infer_objects()  # numbers are numbers, although the first table has no types
@@ -375,13 +422,20 @@ def _as_they_end(futures: Iterable[Future]) -> Iterator[Future]:
 
 
 def compute_run(config: RunConfig) -> tuple[str, dict[str, Any]]:
-    """Train and score one run; returns its table (CSV) and its record."""
-    train(config, progress=False)
-    evaluate(config, progress=False)
-    record = paths.read_json(run_dir(config) / "run.json", "the record of a run", run=str)
+    """Train and score one run; returns its table (CSV), without rows if the training diverged, and its record."""
+    try:
+        train(config, progress=False)
+    except FloatingPointError as error:
+        table = pd.DataFrame(columns=list(COLUMNS)).to_csv(index=False)
+        record: dict[str, Any] = {"run": run_dir(config).name, "config": dataclasses.asdict(config)}
+        record["diverged"] = str(error)
+    else:
+        evaluate(config, progress=False)
+        record = paths.read_json(run_dir(config) / "run.json", "the record of a run", run=str)
+        table = (run_dir(config) / "metrics.csv").read_text()
     record |= {"id": record.pop("run"), "recipe": paths.RECIPE}
     record |= {"device_name": machine.device_name(), "commit": machine.commit()[0]}
-    return (run_dir(config) / "metrics.csv").read_text(), record
+    return table, record
 
 
 # --- For the notebooks ----------------------------------------------------------------------------
@@ -426,8 +480,8 @@ def made_with(cases: pd.DataFrame) -> str:
 
 
 def cost(system: str) -> dict[str, float]:
-    """Parameters of a system, and GMACs of one forward pass of one patch of the default profile."""
-    config = config_of(system)
+    """Parameters of a system, and GMACs of one forward pass of one patch."""
+    config = config_of(system, patch_size=PATCH)
     network = build_model(config)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 1, *config.patch_size))

@@ -419,7 +419,13 @@ def test_brats_regions_overlap(places):
 def test_regions_are_trained_by_sigmoid_and_evaluated_as_they_overlap(places):
     write_brats(places / "data" / "BraTS2021_Training_Data")
     config = runs.RunConfig(
-        "brats", steps=2, model="tiny", tom="none", batch_size=1, patch_size=(40, 24, 24), warmup=1
+        "brats",
+        steps=2,
+        model="tiny",
+        tom="none",
+        batch_size=1,
+        patch_size=(40, 24, 24),
+        warmup=0.5,
     )
     network = train.train(config).model
     scores = network(torch.randn(1, 4, 40, 24, 24))
@@ -629,7 +635,7 @@ def test_a_class_that_only_a_held_out_case_has_is_refused_before_training(places
     _, label = scan(9, values=(1, 2))
     write(folder / "labels" / f"{held_out}.nii.gz", label, AFFINE)
     plans._loaded.cache_clear()  # as in a new process, which looks at the files again
-    config = runs.RunConfig(str(folder), steps=1, warmup=1)
+    config = runs.RunConfig(str(folder), steps=1)
     data.open(str(folder)).check()
     with pytest.raises(
         DataError, match="no training case of fold 0 has label 2; expected each class"

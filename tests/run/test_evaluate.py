@@ -115,7 +115,7 @@ def test_summary_averages_classes_within_cases_first():
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
     monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path))
-    short = {"steps": 2, "warmup": 1, "batch_size": 1, "test_cases": 2}
+    short = {"steps": 2, "warmup": 0.5, "batch_size": 1, "test_cases": 2}
     config = RunConfig("mni152", model="tiny", tom="none", patch_size=(64, 80, 64), **short)
     train.train(config)
     return config

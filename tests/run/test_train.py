@@ -19,7 +19,13 @@ from srlib.run import runs, train
 from srlib.run.runs import RunConfig
 
 QUICK = RunConfig(
-    "mni152", steps=6, model="tiny", tom="inner", batch_size=1, patch_size=(36, 20, 20), warmup=2
+    "mni152",
+    steps=6,
+    model="tiny",
+    tom="inner",
+    batch_size=1,
+    patch_size=(36, 20, 20),
+    warmup=1 / 3,
 )
 
 
@@ -64,7 +70,7 @@ def test_profiles_give_configurations():
     with pytest.raises(ValueError, match="profile 'huge' is not one of smoke, default, full"):
         runs.config_for("huge", "mni152")
 
-    told = runs.config_for("default", "mni152", warmup=50)
+    told = runs.config_for("default", "mni152")
     assert RunConfig("mni152") == told  # what is not told is the default profile's
 
 
@@ -73,6 +79,64 @@ def test_schedule_warms_up_and_decays():
     assert rates[:2] == [QUICK.learning_rate / 2, QUICK.learning_rate]
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert rates[-1] > 0
+
+
+def test_weight_decay_leaves_out_vectors_and_rates_of_forgetting():
+    network = train.build_model(QUICK)
+    decayed, exempt = train.parameter_groups(network, 0.1)
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0)
+    of = {id(parameter): name for name, parameter in network.named_parameters()}
+    names = {of[id(parameter)] for parameter in exempt["params"]}
+    assert {n.rpartition(".")[2] for n in names if network.get_parameter(n).ndim > 1} == {
+        "A_log",
+        "A_b_log",
+        "A_s_log",
+    }
+    assert len(names) + len(decayed["params"]) == len(of)
+    assert all(parameter.ndim > 1 for parameter in decayed["params"])
+
+
+def test_the_average_is_the_sum_of_what_each_step_adds():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.BatchNorm1d(1)).double()
+    average = train.WeightAverage(network)
+    expected = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    for step in range(5000):
+        with torch.no_grad():
+            network[0].weight += 0.01
+            network[1].running_var += 0.01
+            network[1].num_batches_tracked += 1
+        average.update(step)
+        kept = min(0.998, (1 + step) / (10 + step))
+        for name in ("0.weight", "1.running_var"):
+            expected[name] = kept * expected[name] + (1 - kept) * network.state_dict()[name]
+    torch.testing.assert_close(
+        average.values, expected | {"1.num_batches_tracked": torch.tensor(5000)}
+    )
+    assert average.values["0.weight"].mean() < network[0].weight.mean() - 4  # some 500 steps late
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ([0.2] * 100 + [150.0], True),
+        ([1.5] * 20 + [0.1] * 200 + [1.6] * 30, True),
+        ([1.5] * 20 + [0.1] * 200 + [1.6] * 3, False),  # a batch that is hard
+        ([1.5] * 20 + [0.001] * 200 + [0.4] * 200, False),  # a few wrong voxels
+        ([1.5] * 1000, False),
+    ],
+)
+def test_a_training_whose_loss_rose_tenfold_has_diverged(losses, diverged):
+    watch = train.Divergence()
+    assert any(watch.add(loss) for loss in losses) is diverged
+
+
+def test_a_training_that_diverges_stops_with_an_error(results, monkeypatch):
+    monkeypatch.setattr(train, "DIVERGED", 0.5)
+    with pytest.raises(
+        FloatingPointError, match=r"step 0: the loss rose from .* diverged, and nothing more"
+    ):
+        train.train(QUICK)
+    assert not runs.is_done(QUICK)
 
 
 def test_a_run_is_done_once_and_reads_back(results):

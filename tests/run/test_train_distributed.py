@@ -14,7 +14,7 @@ from srlib.run.runs import RunConfig
 # In float64, for rounding grows: InstanceNorm over the few voxels of the deepest maps turns float32's into a thousandth
 # of the gradient, and Adam's first steps take no more of a gradient than its sign.
 SHARED = RunConfig(
-    "mni152", steps=6, model="tiny", tom="inner", batch_size=2, patch_size=(36, 20, 20), warmup=2,
+    "mni152", steps=6, model="tiny", tom="inner", batch_size=2, patch_size=(36, 20, 20), warmup=1 / 3,
     precision="64-true",
 )  # fmt: skip
 

@@ -34,8 +34,6 @@ TABLE = TABLE.assign(case=[f"case {k // 2}" for k in range(10)], **{"class": CLA
 SYSTEMS = {"segresmamba": 0.0, "none": -0.01, "conv": 0.005}
 CASES = case_tables.cases(SYSTEMS)
 FIRST = CASES[(CASES["system"] == "segresmamba") & (CASES["seed"] == 0)]
-BUDGETS = [case_tables.cases(SYSTEMS, n=8, minutes=minutes) for minutes in (3, 12, 60)]
-PANELS = {"one": ["segresmamba", "conv"], "two": ["segresmamba", "none", "absent"]}
 COSTS = pd.DataFrame({"title": ["a", "b", "c", "d"], "points": [0.0, -1, 1, 2]})
 COSTS = COSTS.assign(low=[0.0, -1.3, 0.8, -8.0], high=[0.0, -0.7, 1.2, 12.0])
 COSTS = COSTS.assign(parameters=7.0, gmacs=1.5, step_seconds=0.4)
@@ -117,7 +115,6 @@ FIGURES = {
     "reliability": draw_reliability,
     "interval_rows": lambda: charts.interval_rows(CASES),
     "paired_rows": lambda: charts.paired_rows(CASES, "segresmamba"),
-    "dice_over_minutes": lambda: charts.dice_over_minutes(pd.concat(BUDGETS), PANELS),
     "cost_and_gain": lambda: charts.cost_and_gain(COSTS),
     "cue_volumes": lambda: charts.cue_volumes((8, 64), number=2),
     "accuracy_by_distance": lambda: charts.accuracy_by_distance(ACCURACY),
@@ -302,13 +299,6 @@ def test_paired_rows_show_every_case_once_as_a_point_or_counted_at_the_rim():
     assert axis.get_xlim()[0] > -0.3
     expected = {"one case", "other seeds, too, corrected", "mean, 95 % interval"}
     assert {*legend(figure)} == {*expected, "may be missed by so many cases"}
-
-
-def test_a_long_training_is_not_joined_to_the_budgets_of_the_curve():
-    axis, _ = charts.dice_over_minutes(pd.concat(BUDGETS), PANELS).axes
-    points = [len(bars.lines[0].get_xdata()) for bars in axis.containers]
-    assert points == [2, 1] * 2
-    assert len(axis.get_legend().get_texts()) == 2
 
 
 def test_cost_and_gain_has_each_network_in_each_panel():
