@@ -39,7 +39,8 @@ class RunConfig:
         seed: of the initial weights and of every sample.
         steps: optimizer steps; the budget of a comparison.
         model: size of SegResMamba, a name in `srlib.net.model.FEATURES`, or a peer, a name in `srlib.net.peers.SMALL`.
-        variant, tom, tom_residual, scan_orders, nslices, recurrence, extra_conv, block: arguments of `SegResMamba`.
+        variant, tom, tom_residual, scan_orders, nslices, slice_axis, recurrence, extra_conv, block: arguments of
+            `SegResMamba`.
         batch_size: patches a step, of all processes together.
         patch_size: voxels of a patch (D, H, W), also the window of inference.
         learning_rate: peak of the schedule.
@@ -62,6 +63,7 @@ class RunConfig:
     tom_residual: bool = False
     scan_orders: tuple[str, ...] = ORDERS
     nslices: int | None = None
+    slice_axis: int = 0
     recurrence: bool = True
     extra_conv: bool = True
     block: str = "cmmb"

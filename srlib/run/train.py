@@ -130,8 +130,8 @@ def network_arguments(config: RunConfig, entry: data.Entry) -> dict[str, Any]:
     """
     if config.model not in FEATURES:
         raise ValueError(f"{config.model!r} is a peer; expected a run of SegResMamba")
-    names = ("nslices", "tom", "tom_residual", "scan_orders", "recurrence", "extra_conv")
-    settings = {name: getattr(config, name) for name in (*names, "block", "variant")}
+    names = ("nslices", "slice_axis", "tom", "tom_residual", "scan_orders", "recurrence")
+    settings = {name: getattr(config, name) for name in (*names, "extra_conv", "block", "variant")}
     channels = {"in_channels": entry.in_channels, "out_channels": entry.out_channels}
     return channels | {"features": FEATURES[config.model]} | settings
 

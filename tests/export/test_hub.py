@@ -106,6 +106,7 @@ def test_what_cannot_be_exported_is_refused(folder, tmp_path):
         ("config.json", lambda file: changed(file, tom="none"), "tom is 'none', was None"),
         ("config.json", lambda file: changed(file, tom_residual=True), "tom_residual is True"),
         ("config.json", lambda file: changed(file, nslices=5), "nslices is 5, was None"),
+        ("config.json", lambda file: changed(file, slice_axis=1), "slice_axis is 1, was 0"),
         (
             "config.json",
             lambda file: changed(file, expand=10**7),

@@ -41,7 +41,13 @@ def weights(config):
 
 def test_identity_changes_with_all_that_the_weights_depend_on(monkeypatch):
     ids = {runs.run_id(QUICK)}
-    for change in ({"seed": 1}, {"fold": 0, "steps": 7}, {"tom": "none"}, {"augment": False}):
+    for change in (
+        {"seed": 1},
+        {"fold": 0, "steps": 7},
+        {"tom": "none"},
+        {"slice_axis": 1},
+        {"augment": False},
+    ):
         ids.add(runs.run_id(dataclasses.replace(QUICK, **change)))
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
@@ -52,7 +58,7 @@ def test_identity_changes_with_all_that_the_weights_depend_on(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(runs, "RECIPE", 0)
     ids.add(runs.run_id(QUICK))
-    assert len(ids) == 8
+    assert len(ids) == 9
 
 
 @pytest.mark.parametrize(
