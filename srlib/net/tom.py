@@ -111,12 +111,12 @@ class TriOrientedMamba(nn.Module):
             into_x, into_z = self.in_proj.weight.chunk(2)  # (2 E, C) -> two of (E, C)
             x = F.linear(tokens, into_x)  # (B, L, C) -> (B, L, E)
             gate = partial(self._gate_again, tokens, into_z)
-        y = mamba_mixers(x, self._weights(), self.scan_orders, nslices, self.recompute, self.fused)
+        y = mamba_mixers(x, self.weights(), self.scan_orders, nslices, self.recompute, self.fused)
         # The gate acts token by token, so the three orders share it: it is applied once, to their sum.
         # It is cheaper to compute again in the backward pass than to keep.
         return recomputed(y, gate, recompute=self.recompute)
 
-    def _weights(self) -> list[Weights]:
+    def weights(self) -> list[Weights]:
         """Weights of each order's mixer; its A (E, N) is negative, the rate at which the state is forgotten."""
         get, suffixes = self.get_parameter, [SUFFIXES[order] for order in self.scan_orders]
         if self.recurrence:

@@ -15,10 +15,19 @@ pass.
 from __future__ import annotations
 
 from .definition import ORDERS, token_order
-from .mixer import Weights, channel_norm, gated, in_triton, mamba_mixer, mamba_mixers, project
+from .mixer import (
+    Weights,
+    channel_norm,
+    gated,
+    in_triton,
+    mamba_mixer,
+    mamba_mixers,
+    project,
+    scan_arguments,
+)
 from .operator import BackendState, backends, selective_scan
 
 __all__ = [
     "ORDERS", "BackendState", "Weights", "backends", "channel_norm", "gated", "in_triton", "mamba_mixer",
-    "mamba_mixers", "project", "selective_scan", "token_order",
+    "mamba_mixers", "project", "scan_arguments", "selective_scan", "token_order",
 ]  # fmt: skip

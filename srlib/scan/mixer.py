@@ -132,14 +132,26 @@ def channel_norm(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
 
 def _composed(weights: Weights, order: str, nslices: int, x: Tensor) -> Tensor:
     """The mixer step by step, over a copy of x in the order of visit."""
-    conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D = weights
-    tokens = token_order(order, x.shape[1], nslices, x.device)
-    visited = x[:, tokens].transpose(1, 2)  # (B, L, E) -> (B, E, L) in the order of visit
-    u = _causal_conv(visited, conv_weight, conv_bias)
-    dt, B, C = F.linear(u.transpose(1, 2), x_proj).split(_sizes(weights), dim=-1)
-    delta, B, C = (t.transpose(1, 2) for t in (F.linear(dt, dt_proj), B, C))
-    y = selective_scan(u, delta, A, B, C, D, delta_bias=dt_bias)
+    tokens, u, delta, B, C = scan_arguments(weights, order, nslices, x)
+    y = selective_scan(u, delta, weights.A, B, C, weights.D, delta_bias=weights.dt_bias)
     return y.new_empty(x.shape).index_copy(1, tokens, y.transpose(1, 2))
+
+
+def scan_arguments(
+    weights: Weights, order: str, nslices: int, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a mixer calls its scan with, for tokens x (B, L, E) in memory order; arguments as of `mamba_mixer`.
+
+    Returns:
+        The tokens (L,) in the order of visit and, in that order, u and delta (B, E, L), B and C (B, N, L). Delta is
+        without bias and softplus.
+    """
+    tokens = token_order(order, x.shape[1], nslices, x.device)
+    visited = x[:, tokens].transpose(1, 2)  # (B, L, E) -> (B, E, L)
+    u = _causal_conv(visited, weights.conv_weight, weights.conv_bias)
+    dt, B, C = F.linear(u.transpose(1, 2), weights.x_proj).split(_sizes(weights), dim=-1)
+    delta, B, C = (t.transpose(1, 2) for t in (F.linear(dt, weights.dt_proj), B, C))
+    return tokens, u, delta, B, C
 
 
 def _sizes(weights: Weights) -> list[int]:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from srlib import data
 from srlib.net.model import SegResMamba
-from srlib.net.tom import SUFFIXES, ToMLayer, TriOrientedMamba
-from srlib.scan import channel_norm, token_order
+from srlib.net.tom import ToMLayer, TriOrientedMamba
+from srlib.scan import channel_norm, scan_arguments
 
 Influence = Callable[[Sequence[int]], NDArray[np.float64]]
 
@@ -159,15 +159,19 @@ class ScanInputs(NamedTuple):
 
 @torch.no_grad()
 def scan_inputs(layer: TriOrientedMamba, tokens: Tensor, order: str, nslices: int) -> ScanInputs:
-    """The arguments with which a ToM layer calls one of its scans, for tokens (L, C)."""
-    s = SUFFIXES[order]
-    visits = token_order(order, len(tokens), nslices, tokens.device)
-    x = F.linear(tokens[visits], layer.in_proj.weight.chunk(2)[0]).T  # (E, L)
-    u = F.silu(layer.get_submodule(f"conv1d{s}")(x[None])[0, :, : len(visits)])
-    widths = [layer.dt_rank, layer.d_state, layer.d_state]
-    dt, B, C = layer.get_submodule(f"x_proj{s}")(u.T).split(widths, dim=1)
-    delta = F.softplus(layer.get_submodule(f"dt_proj{s}")(dt)).T
-    return ScanInputs(visits, u, delta, -layer.get_parameter(f"A{s}_log").exp(), B.T, C.T)
+    """The arguments with which a ToM layer calls one of its scans, for tokens (L, C).
+
+    Raises:
+        ValueError: the layer has no such order.
+    """
+    if order not in layer.scan_orders:
+        raise ValueError(f"order: expected one of the layer's {layer.scan_orders}, got {order!r}")
+    weights = layer.weights()[layer.scan_orders.index(order)]
+    x = F.linear(tokens, layer.in_proj.weight.chunk(2)[0])  # (L, C) -> (L, E)
+    visits, *batched = scan_arguments(weights, order, nslices, x[None])
+    u, delta, B, C = (tensor[0] for tensor in batched)
+    delta = F.softplus(delta + weights.dt_bias[:, None])
+    return ScanInputs(visits, u, delta, weights.A, B, C)
 
 
 class ScanMemory(NamedTuple):
