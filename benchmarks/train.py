@@ -92,7 +92,7 @@ def seconds(
 
 CUBE = (96, 96, 96)
 LOSSES = tuple(
-    config_for("default", "hippocampus", steps=12, warmup=4, precision=precision)
+    config_for("default", "hippocampus", steps=12, warmup=1 / 3, precision=precision)
     for precision in ("64-true", "32-true")
 )
 TIMES = (
