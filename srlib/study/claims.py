@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -241,14 +242,15 @@ class Lead(NamedTuple):
         rivals: key of a system -> points ahead that the paper prints; NaN: a rival that it does not have.
         claimed: points ahead; an interval below excludes them. `None`: as printed.
         margin: points either way that are as good.
+        ahead: rival -> the system that is held against it, where that is not SegResMamba.
     """
 
     rivals: pd.Series
     claimed: float | None
     margin: float = 0.0
+    ahead: Mapping[str, str] = MappingProxyType({})
 
 
-EQUAL_STEPS = ("tom", "peers", "ablations")  # grids; all their runs say how much seeds matter
 _DICE = {
     label: 100 * published(table)["mean_dice" if label == "table 2" else "dice"]
     for label, table in _TABLES.items()
@@ -259,20 +261,20 @@ _TOM, _CMMB, _CONVOLUTION = (  # points that each row of an ablation adds to the
     for table in ("table5_tom_btcv", "table4_ablation_btcv")
     for step in 100 * published(table)["dice"].diff().dropna()
 )
-_PARTS = {"segmamba_block": _CMMB, "no_extra_conv": _CONVOLUTION}
+_PARTS = {"neither": _CMMB, "no_extra_conv": _CONVOLUTION}
 _PEERS = {name: _GAPS["table 1"].get(TITLES[name]) for name in SMALL}
 _SMALL = {TITLES[name]: peer.title for name, peer in SMALL.items()}
 LEADS = {
     "peers": Lead(pd.Series(_PEERS, dtype=float).dropna(), -COMPARABLE, COMPARABLE),
     "ToM": Lead(pd.Series({"none": _TOM, "conv": np.nan}), _TOM),
-    "parts": Lead(pd.Series(_PARTS), None),
+    "parts": Lead(pd.Series(_PARTS), None, ahead={"neither": "no_extra_conv"}),
 }
 
 
 def gains(name: str) -> pd.DataFrame:
     """Lead of SegResMamba's mean Dice over each rival's, within each case, in points (hundredths).
 
-    Intervals are `low_all` and `high_all` of `srlib.study.statistics`: over other cases and other seeds, corrected.
+    A rival may have another system ahead of it (`Lead`). Intervals are `low_all` and `high_all` of `srlib.study.statistics`: over other cases and other seeds, corrected.
 
     Returns:
         A row for each rival, by title: points `printed` and found `here`, its interval's `low` and `high`, `n` cases,
@@ -281,13 +283,14 @@ def gains(name: str) -> pd.DataFrame:
     Raises:
         FileNotFoundError: no committed runs of SegResMamba and a rival.
     """
-    lead, cases = LEADS[name], pd.concat([grid.cases(grid_name) for grid_name in EQUAL_STEPS])
+    lead, cases = LEADS[name], pd.concat([grid.cases(grid_name) for grid_name in grid.EQUAL_STEPS])
     cases = cases.drop_duplicates(statistics.KEYS)
-    there = [rival for rival in lead.rivals.index if rival in set(cases["system"])]
-    if not (there and "segresmamba" in set(cases["system"])):
-        raise FileNotFoundError(f"no committed runs: grids {', '.join(EQUAL_STEPS)}")
+    ahead = {rival: lead.ahead.get(rival, "segresmamba") for rival in lead.rivals.index}
+    there = {pair[0]: pair[1] for pair in ahead.items() if {*pair} <= {*cases["system"]}}
+    if not there:
+        raise FileNotFoundError(f"no committed runs: grids {', '.join(grid.EQUAL_STEPS)}")
     found = statistics.compare(
-        cases, "segresmamba", ("dice",), (statistics.MEAN,), there, lead.margin / 100
+        cases, there, ("dice",), (statistics.MEAN,), margin=lead.margin / 100
     ).set_index("system")
     table = pd.DataFrame({"printed": lead.rivals, "here": -100 * found["difference"]})
     table = table.assign(low=-100 * found["high_all"], high=-100 * found["low_all"], n=found["n"])
@@ -322,7 +325,7 @@ def _ahead(name: str) -> Finding:
 def evidence() -> str:
     """Data, steps and devices of the trainings that the claims about Dice rest on."""
     try:
-        runs = pd.concat([grid.runs(name) for name in EQUAL_STEPS]).drop_duplicates("run")
+        runs = pd.concat([grid.runs(name) for name in grid.EQUAL_STEPS]).drop_duplicates("run")
     except FileNotFoundError:  # what decides their steps or learning rates is not there yet
         runs = pd.DataFrame()
     if runs.empty:

@@ -124,7 +124,7 @@ def differences(
 
 def compare(
     cases: pd.DataFrame,
-    reference: str,
+    reference: str | Mapping[str, str],
     metrics: Sequence[str] = METRICS,
     classes: Sequence[str] | None = None,
     systems: Sequence[str] | None = None,
@@ -134,7 +134,7 @@ def compare(
 
     Args:
         cases: runs of one budget, equal steps or equal minutes; all of them say how much seeds matter.
-        reference: the system that is subtracted.
+        reference: the system that is subtracted; or system -> the one that is subtracted from it.
         metrics: those compared.
         classes: those compared (`MEAN` is one); `None` is all.
         systems: those compared; `None` is all. Systems, metrics and classes make the family of Holm's correction, so
@@ -146,7 +146,13 @@ def compare(
         `level`, `sd_cases`, `se_seeds`, `df_seeds`, `p`, `p_holm`, `signed_rank`, `detectable`; NaN where they need
         trainings that differ in their seed only and no system has any.
     """
-    paired = differences(cases, reference, metrics)
+    if isinstance(reference, str):
+        paired = differences(cases, reference, metrics)
+        subtracted: Mapping[str, str] = dict.fromkeys(paired["system"], reference)
+    else:
+        subtracted = reference
+        pairs = [(cases[cases["system"].isin(pair)], pair[1]) for pair in reference.items()]
+        paired = pd.concat(differences(of, whose, metrics) for of, whose in pairs)
     for column, asked in {"class": classes, "system": systems}.items():
         if unknown := sorted({*asked} - {*paired[column]} if asked is not None else ()):
             raise ValueError(f"the table of cases has no {column} {', '.join(unknown)}")
@@ -155,14 +161,19 @@ def compare(
     units, spread = long.groupby(UNIT, sort=False), _pooled(long)
     rows, reaches = [], []
     for (system, name, metric), cells in paired.groupby(UNIT, sort=False):
-        both = [units.get_group((key, name, metric)) for key in (system, reference)]
+        both = [units.get_group((key, name, metric)) for key in (system, subtracted[str(system)])]
         share = math.hypot(*(_share(of[of["case"].isin(cells["case"])]) for of in both))
         sd, freedom = spread[name, metric]
         values = cells["difference"].to_numpy()
         reaches.append(_reach(values, sd * share, freedom))
         low, high = interval(values)
         rows.append(
-            {"system": system, "reference": reference, "class": name, "metric": metric}
+            {
+                "system": system,
+                "reference": subtracted[str(system)],
+                "class": name,
+                "metric": metric,
+            }
             | {"n": len(values), "difference": values.mean(), "low": low, "high": high}
             | {"low_all": math.nan, "high_all": math.nan, "level": math.nan}
             | {"sd_cases": cells["difference"].std(), "se_seeds": sd * share, "df_seeds": freedom}
