@@ -30,11 +30,10 @@ import pandas as pd
 import psutil
 import torch
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from srlib import data, files, machine, tables
-from srlib.data import labels
 from srlib.net.costs import GIB, LEVERS, Workload, count, loss_function, measure_apart
 from srlib.net.peers import PEERS
 from srlib.run import train
@@ -201,6 +200,7 @@ OURS = ("segresmamba", "segmamba")  # names of what has `recompute` begin so
 EAGER, CAPTURED = 10, 50  # steps
 ENERGY = 1500  # ms of steps whose energy is read; the counter moves some ten times a second
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # and Lightning Fabric's names
+Step = Callable[[Tensor, Tensor], Tensor]
 Row = tuple[dict[str, Any], Callable[[], Iterable[dict[str, float]]]]  # its key, what measures it
 
 
@@ -223,12 +223,15 @@ def gpu(out: Path, minutes: Minutes = 9, size: int = 128, peer: Peers = None) ->
 
 
 @app.command()
-def small(out: Path, minutes: Minutes = 9, system: Systems = None, batch_size: int = 8) -> None:
-    """Measure the same of the systems of `srlib.study.grid`: patches of the default profile, one channel, 3 classes.
+def small(
+    out: Path, minutes: Minutes = 9, system: Systems = None, batch_size: int = grid.BATCH
+) -> None:
+    """Measure the same of the systems of `srlib.study.grid`, with its patches of one channel and 3 classes.
 
-    With the loss of the training and gradients clipped as there. In fp32 all; in bf16 not the ablations, apart from no
-    ToM and the convolution. `with_samples_ms`, of SegResMamba and no ToM: the median step of a training of 150 steps
-    on hippocampus, its samples included, without the first 30 steps; empty where the data is not there.
+    The step is the training's (`srlib.run.train.training_step`), without the average of weights. In fp32 all; in bf16
+    not the ablations, apart from no ToM and the convolution. `with_samples_ms`, of SegResMamba and no ToM: the median
+    step of a training of 150 steps on hippocampus, its samples included, without the first 30 steps; empty where the
+    data is not there.
     """
     write_missing(out, minutes, small_rows(system or [*grid.SYSTEMS], batch_size))
 
@@ -273,9 +276,24 @@ def gpu_rows(peers: list[str], size: int) -> Iterator[Row]:
 
 def measure_gpu(work: Workload) -> Iterator[dict[str, float]]:
     """One row's numbers."""
-    yield measure_step(
-        work.network, loss_function, lambda: work.batch(machine.device().type), work.precision
-    )
+    device = machine.device().type
+
+    def make() -> Step:
+        network = work.network().to(device).train()
+        options = {"lr": 1e-4, "fused": True, "capturable": device == "cuda"}
+        optimizer = torch.optim.AdamW(network.parameters(), **options)
+
+        def step(image: Tensor, label: Tensor) -> Tensor:
+            optimizer.zero_grad()
+            with work.autocast(device):
+                loss = loss_function(network(image), label)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    yield measure_step(make, lambda: work.batch(device))
 
 
 def small_rows(systems: list[str], batch_size: int) -> Iterator[Row]:
@@ -290,17 +308,22 @@ def small_rows(systems: list[str], batch_size: int) -> Iterator[Row]:
 
 def measure_small(system: str, precision: str, batch_size: int) -> Iterator[dict[str, float]]:
     """One row's numbers, those of a training last."""
-    settings = {"batch_size": batch_size, "precision": PRECISIONS[precision]}
+    settings: dict[str, Any] = {"patch_size": grid.PATCH, "batch_size": batch_size}
+    settings["precision"] = PRECISIONS[precision]
     config, entry = grid.config_of(system, **settings), data.get(grid.DATASET)
+
+    def make() -> Step:
+        _, optimizer, step = train.training_step(train.launch(config), config, entry)
+        if machine.device().type == "cuda":
+            capturable(optimizer)
+        return step
 
     def batch() -> tuple[Tensor, Tensor]:
         shape, where = config.patch_size, machine.device()
         image = torch.randn(batch_size, entry.in_channels, *shape, device=where)
         return image, torch.randint(entry.out_channels, (batch_size, 1, *shape), device=where)
 
-    yield measure_step(
-        partial(train.build_model, config), labels.loss_function(entry), batch, precision, clip=1.0
-    )
+    yield measure_step(make, batch)
     if system in ("segresmamba", "none"):
         if grid.DATASET in data.present():
             taken = step_seconds(system, first=30, steps=150, **settings)
@@ -322,47 +345,26 @@ def milliseconds(function: Callable[[], object], number: int) -> float:
 
 
 def measure_step(
-    build: Callable[[], nn.Module],
-    loss_of: Callable[[Tensor, Tensor], Tensor],
-    draw: Callable[[], tuple[Tensor, Tensor]],
-    precision: str,
-    clip: float | None = None,
+    make: Callable[[], Step], draw: Callable[[], tuple[Tensor, Tensor]]
 ) -> dict[str, float]:
     """A row's numbers; elsewhere than on a GPU `eager_ms` alone.
 
     Args:
-        build: makes the network.
-        loss_of: outputs and label -> loss.
+        make: makes a network and what takes its training step.
         draw: makes an image and a label on the device.
-        precision: `fp32`, or `bf16` under autocast.
-        clip: largest norm of the gradient; `None` leaves it.
     """
-    device, before = machine.device(), 0
-    if device.type == "cuda":
+    on_gpu, before = machine.device().type == "cuda", 0
+    if on_gpu:
         gc.collect()
         torch._C._cuda_clearCublasWorkspaces()  # one for each stream of the rows before, 32 MiB
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
     torch.manual_seed(0)
-    network = build().to(device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    if device.type == "cuda":
-        capturable(optimizer)
-
-    def step(image: Tensor, label: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_of(network(image), label)
-        loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(network.parameters(), clip, foreach=True)
-        optimizer.step()
-        return loss.detach()
-
+    step = make()
     batch = draw()
     for _ in range(WARM_UP):
         step(*batch)
-    if device.type != "cuda":
+    if not on_gpu:
         return {"eager_ms": milliseconds(lambda: step(*batch), EAGER)}
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -371,8 +373,8 @@ def measure_step(
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step(*batch)
         torch.cuda.synchronize()
-    on_gpu = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    found |= {"busy_ms": sum(e.device_time for e in on_gpu) / 1000, "kernels": len(on_gpu)}
+    kernels = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    found |= {"busy_ms": sum(e.device_time for e in kernels) / 1000, "kernels": len(kernels)}
     captured = CapturedStep(step)
     for _ in range(WARM_UP + 2):
         captured(*batch)

@@ -30,12 +30,12 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from monai.losses import DiceCELoss
 from safetensors.torch import load_file
 
-from srlib import machine, tables
+from srlib import data, machine, tables
 from srlib.files import REFERENCE
 from srlib.run import train
+from srlib.run.captured import CapturedStep, capturable
 from srlib.run.evaluate import METRICS, evaluate
 from srlib.run.runs import RunConfig, config_for
 from srlib.study import grid
@@ -90,17 +90,16 @@ def seconds(
 
 # --- Several GPUs of one host ---------------------------------------------------------------------
 
+SETTINGS = ("model", "patch_size", "precision", "batch_size")
 CUBE = (96, 96, 96)
 LOSSES = tuple(
     config_for("default", "hippocampus", steps=12, warmup=1 / 3, precision=precision)
     for precision in ("64-true", "32-true")
 )
-TIMES = (
-    *(config_for("default", "hippocampus", batch_size=batch) for batch in (2, 8, 16)),
-    *(
-        config_for("full", "hippocampus", batch_size=2, patch_size=CUBE, precision=precision)
-        for precision in ("32-true", "bf16-mixed")
-    ),
+TIMES = tuple(
+    config_for(profile, "hippocampus", batch_size=batch, patch_size=patch_size, precision=precision)
+    for precision in ("32-true", "bf16-mixed")
+    for profile, batch, patch_size in (("default", 16, grid.PATCH), ("full", 2, CUBE))
 )
 WARM_UP, STEPS = 10, 30  # steps of a measurement: compiled and settled, then counted
 
@@ -112,99 +111,93 @@ def gpus(out: Path, processes: int = 2) -> None:
     Starts itself under torchrun with one process, then with several. Two kinds of rows:
 
     `losses`: `srlib.run.train` on hippocampus, fold 0, a short training with cuDNN's deterministic algorithms and
-    without TF32. `loss_difference` is the largest one to one process's losses at the same step, absolute; for one
-    process, to its own second training. In float32 rounding grows within some steps (`tests/run/` says why).
+    without TF32. `first_losses` are those of five steps; `loss_difference` is the largest one to one process's losses
+    at the same step, absolute; for one process, to its own second training. In float32 rounding grows within some
+    steps (`tests/run/` says why).
 
-    `time`: a step on random images, as the training does it, the loss read at its end; `ms_per_step` is the median, of
-    the slowest process. `speedup` is against one process at the same global batch.
+    `time`: a step on random images, as the training does it, the loss read at its end; `eager_ms`, `captured_ms`: the
+    medians, of the slowest process, launched from Python and as a CUDA graph; `speedup` is against one process at the
+    same global batch, both captured. `error`: why there is nothing.
     """
-    found = one_and_several(processes)
-    machine.write_table(found, out)
-    print(found.to_string(index=False, float_format="%.4g"))
+    alone, several = (torchrun(number) for number in (1, processes))
+    table = compared(alone, several)
+    machine.write_table(table, out)
+    print(table.to_string(index=False, float_format="%.6g"))
+
+
+def torchrun(processes: int) -> list[dict[str, Any]]:
+    """The rows of `worker` with so many processes, as far as it got."""
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        subprocess.run([sys.executable, *launcher, __file__, "worker", folder], check=False)
+        found = Path(folder, "found.json")
+        return json.loads(found.read_text()) if found.exists() else []
 
 
 @app.command(hidden=True)
 def worker(folder: Path) -> None:
     """Do what each process of torchrun does; the first writes what was found to `folder`."""
-    found: dict[str, list] = {"losses": [], "times": []}
-    for config in LOSSES:
-        found["losses"].append([losses(config, folder / name) for name in ("first", "second")])
-    found["times"] = [milliseconds(config) for config in TIMES]
-    if machine.is_first_process():
-        (folder / "found.json").write_text(json.dumps(found))
-
-
-def losses(config: RunConfig, results: Path) -> list[float]:
-    """The losses of a short training, exact as far as sums in one order are."""
-    exact = {"allow_tf32": False, "deterministic": True, "benchmark": False}
-    with (
-        torch.backends.cudnn.flags(enabled=True, **exact),
-        patch.dict(os.environ, SRLIB_RESULTS=str(results)),
-    ):
-        return train.train(config).history["loss"].tolist()
-
-
-def milliseconds(config: RunConfig) -> float:
-    """Median time of a training step on a random batch, that of the slowest process."""
-    fabric = train.launch(config)
-    network = train.build_model(config)
-    adamw = torch.optim.AdamW(network.parameters(), fused=True)
-    model, optimizer = fabric.setup(network, adamw)
-    share = config.batch_size // fabric.world_size
-    image = torch.randn(share, 1, *config.patch_size, device=fabric.device)
-    label = torch.randint(3, (share, 1, *config.patch_size), device=fabric.device)
-    loss_function = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
-    ends = []
-    for _ in range(WARM_UP + STEPS + 1):
-        loss = loss_function(model(image), label)
-        optimizer.zero_grad()
-        fabric.backward(loss)
-        optimizer.step()
-        float(fabric.all_reduce(loss.detach(), reduce_op="mean"))
-        ends.append(time.perf_counter())
-    step = median(end - start for start, end in pairwise(ends[WARM_UP:]))
-    return 1000 * float(fabric.all_gather(torch.tensor(step, device=fabric.device)).max())
-
-
-def torchrun(processes: int) -> dict[str, list]:
-    """The findings of `worker` with so many processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        subprocess.run([sys.executable, *launcher, __file__, "worker", folder], check=True)
-        return json.loads(Path(folder, "found.json").read_text())
-
-
-def one_and_several(processes: int) -> pd.DataFrame:
-    """Both kinds of rows, for one process and for several."""
-    found = {number: torchrun(number) for number in (1, processes)}
-    alone = found[1]
     rows = []
-    for number, of in found.items():
-        for config, (first, second), (before, _) in zip(
-            LOSSES, of["losses"], alone["losses"], strict=True
+    for what, config in [*(("time", c) for c in TIMES), *(("losses", c) for c in LOSSES)]:
+        row: dict[str, Any] = {"what": what, "processes": machine.processes()}
+        row |= {name: getattr(config, name) for name in SETTINGS}
+        try:
+            row |= times(config) if what == "time" else losses(config, folder)
+        except Exception as error:  # the others are measured all the same
+            row["error"] = " ".join(f"{type(error).__name__}: {error}".split())
+        rows.append(row)
+        if machine.is_first_process():
+            print(row, flush=True)
+            (folder / "found.json").write_text(json.dumps(rows))
+
+
+def losses(config: RunConfig, folder: Path) -> dict[str, list[list[float]]]:
+    """The losses of a short training, exact as far as sums in one order are, done twice."""
+    exact, found = {"allow_tf32": False, "deterministic": True, "benchmark": False}, []
+    for name in ("first", "second"):
+        with (
+            torch.backends.cudnn.flags(enabled=True, **exact),
+            patch.dict(os.environ, SRLIB_RESULTS=str(folder / name)),
         ):
-            other = before if number > 1 else second
-            difference = max(abs(a - b) for a, b in zip(first, other, strict=True))
-            rows.append(
-                row("losses", config, number, loss_difference=difference, steps=config.steps)
-            )
-    for number, of in found.items():
-        for config, step, before in zip(TIMES, of["times"], alone["times"], strict=True):
-            rows.append(
-                row("time", config, number, ms_per_step=step, speedup=before / step, steps=STEPS)
-            )
-    return pd.DataFrame(rows)
+            found.append(train.train(config).history["loss"].tolist())
+    return {"losses": found}
 
 
-def row(what: str, config: RunConfig, processes: int, **values: float) -> dict[str, object]:
-    """A row of the table: what was done with how many processes."""
-    settings = ("model", "patch_size", "precision", "batch_size")
-    return {
-        "what": what,
-        **{name: getattr(config, name) for name in settings},
-        "processes": processes,
-        **values,
-    }
+def times(config: RunConfig) -> dict[str, float]:
+    """Median times of a training step on a random batch, those of the slowest process."""
+    fabric, entry = train.launch(config), data.get(config.dataset)
+    _, adamw, step = train.training_step(fabric, config, entry)
+    if fabric.device.type == "cuda":
+        capturable(adamw)
+    share = (config.batch_size // fabric.world_size, 1, *config.patch_size)
+    image = torch.randn(share, device=fabric.device)
+    label = torch.randint(entry.out_channels, share, device=fabric.device)
+    found = {}
+    for name, refusal in (("eager_ms", "measured as they are"), ("captured_ms", "")):
+        take_step, ends = CapturedStep(step, refusal), []
+        for _ in range(WARM_UP + STEPS + 1):
+            float(take_step(image, label))
+            ends.append(time.perf_counter())
+        if name == "eager_ms" or take_step.graph:
+            taken = median(end - start for start, end in pairwise(ends[WARM_UP:]))
+            slowest = fabric.all_gather(torch.tensor(taken, device=fabric.device)).max()
+            found[name] = 1000 * float(slowest)
+    return found
+
+
+def compared(alone: list[dict[str, Any]], several: list[dict[str, Any]]) -> pd.DataFrame:
+    """The rows of one process, then of several, each beside the same one of one process."""
+    kinds = [str([row[k] for k in ("what", *SETTINGS)]) for row in [*alone, *several]]
+    first = dict(zip(kinds, alone, strict=False))
+    for kind, row in zip(kinds, [*alone, *several], strict=True):
+        base = first[kind]
+        if "captured_ms" in row and "captured_ms" in base:
+            row["speedup"] = base["captured_ms"] / row["captured_ms"]
+        if "losses" in row and "losses" in base:
+            mine, other = row["losses"][0], base["losses"][row is base]
+            row["first_losses"] = " ".join(f"{loss:.6f}" for loss in mine[:5])
+            row["loss_difference"] = max(abs(a - b) for a, b in zip(mine, other, strict=True))
+    return pd.DataFrame([*alone, *several]).drop(columns="losses", errors="ignore")
 
 
 # --- The same bits again --------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from types import ModuleType
 
 import pytest
@@ -45,7 +46,7 @@ def test_steps_of_a_network_are_rows(step, tmp_path, monkeypatch):
 def test_steps_of_a_system_are_rows(step, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "EAGER", 1)
     monkeypatch.setattr(step.data, "present", list)
-    monkeypatch.setattr(step.train, "build_model", lambda config: nn.Conv3d(1, 3, 1))
+    monkeypatch.setattr(step.train, "build_model", lambda *_: nn.Conv3d(1, 3, 1))
     words = ("--system", "none", "--system", "forward", "--batch-size", 1)
     invoke(step, "small", tmp_path / "small.csv", *words)
     rows = tables.read(tmp_path / "small.csv")
@@ -98,3 +99,23 @@ def test_a_training_is_the_same_again(monkeypatch):
         != once(config_for("smoke", "mni152", steps=2), "usual")["sha256"]
     )
     assert usual["ms_per_step"] > 0
+
+
+def test_several_processes_are_compared_with_one(tmp_path, monkeypatch):
+    train = benchmark("train")
+    config = config_for("smoke", "mni152", steps=2)
+    monkeypatch.setattr(train, "TIMES", [config])
+    monkeypatch.setattr(train, "LOSSES", [config])
+    monkeypatch.setattr(train, "STEPS", 1)
+    monkeypatch.setattr(train, "WARM_UP", 0)
+    invoke(train, "worker", tmp_path)
+    alone, several = (json.loads((tmp_path / "found.json").read_text()) for _ in range(2))
+    assert alone[0]["eager_ms"] > 0
+    alone[0]["captured_ms"], several[0]["captured_ms"] = 3.0, 2.0
+    several[1]["losses"][0][1] += 0.5
+    with pytest.raises(KeyError):
+        train.compared(alone, [{**several[0], "model": "paper"}])
+    table = train.compared(alone, several)
+    assert table["speedup"].dropna().tolist() == [1, 1.5]
+    assert table["loss_difference"].dropna().tolist() == pytest.approx([0, 0.5])
+    assert len(table["first_losses"][1].split()) == 2

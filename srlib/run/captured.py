@@ -79,7 +79,8 @@ class CapturedStep:
         self.inputs = [t.clone() for t in inputs]
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # Other threads, as NCCL's watchdog, may ask the GPU for its state meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.loss = self.step(*self.inputs)
         except Exception as error:  # torch and its libraries refuse in many ways
             torch.cuda.synchronize()

@@ -29,7 +29,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -266,13 +266,63 @@ def launch(config: RunConfig) -> Fabric:
     used = device()
     where: dict[str, Any] = {"devices": 1 if used.index is None else [used.index]}
     if processes() > 1:
+
+        class Processes(DDPStrategy):
+            """Processes without `DistributedDataParallel`: the training step averages the gradients itself."""
+
+            def setup_module(self, module: nn.Module) -> Any:
+                """Leave the network as it is."""
+                return module
+
         local = int(os.environ["LOCAL_WORLD_SIZE"])
-        # A static graph may hold parameters without a gradient, as UNETR's does.
-        strategy = DDPStrategy(static_graph=True)
-        where = {"devices": local, "num_nodes": processes() // local, "strategy": strategy}
+        where = {"devices": local, "num_nodes": processes() // local, "strategy": Processes()}
     fabric = Fabric(accelerator=used.type, precision=config.precision, **where)  # type: ignore[arg-type]
     fabric.launch()
     return fabric
+
+
+def training_step(
+    fabric: Fabric, config: RunConfig, entry: data.Entry
+) -> tuple[nn.Module, torch.optim.AdamW, Callable[[Tensor, Tensor], Tensor]]:
+    """Make a run's untrained network on its device, its optimizer and its training step.
+
+    Args:
+        fabric: from `launch`.
+        config: of the run.
+        entry: its data set's.
+
+    Returns:
+        The network, the optimizer, and the step: image (B, C, D, H, W) and label (B, 1, D, H, W) of this process -> the
+        loss of all processes. They have equal weights before and after it.
+    """
+    network = build_model(config, entry)
+    groups = parameter_groups(network, config.weight_decay)
+    adamw = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+    model, optimizer = fabric.setup(network, adamw)
+    model.train()
+    loss_function = labels.loss_function(entry)
+
+    def step(image: Tensor, label: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_function(model(image), label)
+        fabric.backward(loss)
+        loss = loss.detach()
+        # UNETR has parameters without a gradient.
+        _average([loss, *(p.grad for p in network.parameters() if p.grad is not None)])
+        nn.utils.clip_grad_norm_(network.parameters(), CLIP, foreach=True)
+        optimizer.step()
+        return loss
+
+    return network, adamw, step
+
+
+def _average(tensors: list[Tensor]) -> None:
+    """Replace tensors by their means over the processes, in one exchange, which a CUDA graph may hold."""
+    if processes() > 1:
+        together = torch.cat([t.flatten() for t in tensors])
+        torch.distributed.all_reduce(together)
+        means = (together / processes()).split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [m.view_as(t) for m, t in zip(means, tensors, strict=True)])
 
 
 def _train(
@@ -288,10 +338,7 @@ def _train(
         remove_temporaries(folder)
     origin, files = about_to_train(config, dataset), dataset.file_states()
     _require_unchanged(origin, files, folder)
-    network = build_model(config, dataset.entry)
-    groups = parameter_groups(network, config.weight_decay)
-    adamw = torch.optim.AdamW(groups, betas=BETAS, fused=True)
-    model, optimizer = fabric.setup(network, adamw)
+    network, adamw, step_with = training_step(fabric, config, dataset.entry)
     average, divergence = WeightAverage(network), Divergence()
     found = fabric.is_global_zero and checkpoint.is_file()
     if state := fabric.broadcast(load_state(checkpoint, config) if found else None):
@@ -303,7 +350,6 @@ def _train(
             divergence.add(row[1])
     if fabric.device.type == "cuda":
         capturable(adamw)
-    loss_function = labels.loss_function(dataset.entry)
 
     first_step = len(history)
     with fabric.rank_zero_first():  # the others find the cases preprocessed
@@ -315,15 +361,6 @@ def _train(
         total=config.steps,
         disable=not fabric.is_global_zero or (None if progress is None else not progress),
     )
-    model.train()
-
-    def forward_and_back(image: Tensor, label: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_function(model(image), label)
-        fabric.backward(loss)
-        nn.utils.clip_grad_norm_(network.parameters(), CLIP, foreach=True)
-        optimizer.step()
-        return loss.detach()
 
     def require(fine: bool, step: int, what: str) -> None:
         if not fine:
@@ -338,8 +375,7 @@ def _train(
         require(all(bool(w.isfinite().all()) for w in network.parameters()), step, no_numbers)
         _require_unchanged(origin, files, folder)
 
-    several = "several processes exchange gradients" if processes() > 1 else ""
-    take_step = CapturedStep(forward_and_back, several)
+    take_step = CapturedStep(step_with)
     start = time.perf_counter() - (history[-1][3] if history else 0.0)
     saved = time.perf_counter()
     coming: Iterator[dict[str, Tensor]] = iter(loader)  # type: ignore[arg-type]
@@ -348,8 +384,7 @@ def _train(
         set_learning_rate(adamw, learning_rate(config, step))
         loss = take_step(batch["image"], batch["label"])
         batch = next(coming, {})  # is made while a GPU takes the step
-        mean: Any = fabric.all_reduce(loss, reduce_op="mean")  # of the processes
-        of_batch = float(mean)
+        of_batch = float(loss)
         require(math.isfinite(of_batch), step, no_numbers)
         diverged = divergence.add(of_batch)
         rise = f"the loss rose from {divergence.lowest:.3g} to {divergence.mean:.3g}, the training diverged"
