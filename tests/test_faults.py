@@ -299,7 +299,6 @@ def cli_config() -> RunConfig:
         steps=2,
         batch_size=1,
         patch_size=(36, 20, 20),
-        warmup=0.5,
     )
 
 
