@@ -274,7 +274,8 @@ LEADS = {
 def gains(name: str) -> pd.DataFrame:
     """Lead of SegResMamba's mean Dice over each rival's, within each case, in points (hundredths).
 
-    A rival may have another system ahead of it (`Lead`). Intervals are `low_all` and `high_all` of `srlib.study.statistics`: over other cases and other seeds, corrected.
+    Of a rival that `Lead.ahead` names it is that system's lead. Intervals are `low_all` and `high_all` of
+    `srlib.study.statistics`: over other cases and other seeds, corrected.
 
     Returns:
         A row for each rival, by title: points `printed` and found `here`, its interval's `low` and `high`, `n` cases,
