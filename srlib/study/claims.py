@@ -287,7 +287,9 @@ def gains(name: str) -> pd.DataFrame:
     lead, cases = LEADS[name], pd.concat([grid.cases(grid_name) for grid_name in grid.EQUAL_STEPS])
     cases = cases.drop_duplicates(statistics.KEYS)
     ahead = {rival: lead.ahead.get(rival, "segresmamba") for rival in lead.rivals.index}
-    there = {pair[0]: pair[1] for pair in ahead.items() if {*pair} <= {*cases["system"]}}
+    folds = {key: {*of} for key, of in cases.groupby("system")["fold"]}
+    # a rival that some folds lack is not tested: which ones it has is chance
+    there = {rival: of for rival, of in ahead.items() if folds.get(rival) == folds.get(of, ())}
     if not there:
         raise FileNotFoundError(f"no committed runs: grids {', '.join(grid.EQUAL_STEPS)}")
     found = statistics.compare(

@@ -281,8 +281,11 @@ def kept(dataset: str) -> Kept:
 def _read(records: Path, scores: Path, _state: tuple) -> Kept:
     """The content of two files in this state; the records first, since they are written last."""
     lines = paths.read_json_lines(records, RECORDS, run=str)
-    by_run = tables.read_scores(scores).groupby("run", sort=False)
-    return Kept({line["run"]: line for line in lines}, {str(name): rows for name, rows in by_run})
+    by_run: dict[str, pd.DataFrame] = {}
+    if not all("diverged" in line for line in lines):  # which have no rows
+        scored = tables.read_scores(scores).groupby("run", sort=False)
+        by_run = {str(name): rows for name, rows in scored}
+    return Kept({line["run"]: line for line in lines}, by_run)
 
 
 def keep(config: RunConfig, table: str, record: Mapping[str, Any]) -> None:
