@@ -36,7 +36,7 @@ PROFILES = {
     profile.name: profile
     for profile in (
         Profile("smoke", "tiny", 8, 1, (40, 48, 40), 2e-3, 3),
-        Profile("default", "small", 600, 2, (48, 64, 48), 4e-3, None),
+        Profile("default", "small", 1000, 2, (48, 64, 48), 4e-3, None),
         Profile("full", "paper", 10_000, 2, (40, 56, 40), 1e-3, None),
     )
 }
