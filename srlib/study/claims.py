@@ -287,9 +287,8 @@ def gains(name: str) -> pd.DataFrame:
     lead, cases = LEADS[name], pd.concat([grid.cases(grid_name) for grid_name in grid.EQUAL_STEPS])
     cases = cases.drop_duplicates(statistics.KEYS)
     ahead = {rival: lead.ahead.get(rival, "segresmamba") for rival in lead.rivals.index}
-    folds = {key: {*of} for key, of in cases.groupby("system")["fold"]}
-    # a rival that some folds lack is not tested: which ones it has is chance
-    there = {rival: of for rival, of in ahead.items() if folds.get(rival) == folds.get(of, ())}
+    whole = {of: {*statistics.complete(cases, of)["system"]} for of in ahead.values()}
+    there = {rival: of for rival, of in ahead.items() if rival in whole[of]}
     if not there:
         raise FileNotFoundError(f"no committed runs: grids {', '.join(grid.EQUAL_STEPS)}")
     found = statistics.compare(

@@ -56,6 +56,16 @@ UNIT = ["system", "class", "metric"]
 KEYS = ["system", "fold", "seed", "case", "class"]
 
 
+def complete(cases: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Cases of the systems that have all folds of the reference; none if it has none.
+
+    Which folds a grid holds that is not finished is chance, and some folds are harder than others.
+    """
+    folds = {key: {*of} for key, of in cases.groupby("system")["fold"]}
+    whole = [key for key, of in folds.items() if of >= folds.get(reference, {None})]
+    return cases[cases["system"].isin(whole)]
+
+
 def case_values(cases: pd.DataFrame, metrics: Sequence[str] = METRICS) -> pd.DataFrame:
     """One value for each system, class, metric and case: the mean over its seeds.
 

@@ -18,6 +18,15 @@ from srlib.study import statistics
 DICE = ("dice",)
 
 
+def test_complete_are_systems_with_all_folds_of_the_reference():
+    cases = case_tables.cases({"segresmamba": 0.0, "none": 0.0, "conv": 0.0}, (1, 2), (0,), n=2)
+    lacking = cases[(cases["system"] != "conv") | (cases["fold"] != 2)]
+    assert {*statistics.complete(lacking, "segresmamba")["system"]} == {"segresmamba", "none"}
+    assert {*statistics.complete(lacking, "conv")["system"]} == {"segresmamba", "none", "conv"}
+    assert statistics.complete(lacking, "unet").empty
+    assert statistics.complete(cases[:0], "none").empty
+
+
 def test_interval_of_a_normal_sample_is_near_the_t_interval():
     sample = np.random.default_rng(3).normal(0.9, 0.03, 60)
     low, high = statistics.interval(sample)
