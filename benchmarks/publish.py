@@ -8,6 +8,7 @@ python benchmarks/publish.py scale                  # prints the tables of what 
 from __future__ import annotations
 
 import tempfile
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +19,7 @@ from torch import nn
 
 from srlib import data, files, machine, tables
 from srlib.export.hub import card
-from srlib.net.peers import PEERS
+from srlib.net.peers import PEERS, SMALL
 from srlib.run import evaluate, predict, runs, train
 from srlib.run.runs import RunConfig
 from srlib.run.train import load_trained, save_trained
@@ -57,7 +58,7 @@ FIELD_KEY = ["system", "fold", "seed", "steps", "weights", "cases"]
 @app.command()
 def field(
     cases: int = 16,
-    fold: int = 0,
+    fold: int = grid.FOLDS[0],
     system: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
 ) -> None:
     """Compute receptive fields, trained and untrained, where the runs of the grids `tom` and `ablations` were trained.
@@ -111,13 +112,37 @@ def rows_of(config: RunConfig, weights: str, network: nn.Module, cases: int) -> 
 # --- What fits where, and what the comparisons cost -----------------------------------------------
 
 MEMORY = (4, 8, 12, 24)  # GiB
+STEPS_OF = ("segresmamba", "none", *SMALL)
 LEFT = 0.75  # of the memory: the rest is for the CUDA context, work spaces and fragmentation
 
 
 @app.command()
 def scale() -> None:
-    """Print both tables, which stand in the documents by hand; tests/study/test_publish.py holds them to these."""
-    typer.echo(f"{markdown(fits())}\n\n{markdown(cost())}")
+    """Print the tables, which stand in the documents by hand; tests/study/test_publish.py holds them to these."""
+    typer.echo("\n\n".join(map(markdown, (fits(), steps(), cost()))))
+
+
+def steps() -> pd.DataFrame:
+    """A row a network, a column a size and precision: milliseconds of a step, captured / launched from Python.
+
+    Of the paper's size by `results/reference/gpu/step.csv`, activations kept; small ones by `small.csv` beside it.
+    """
+    paper, small = (
+        tables.read(files.REFERENCE / "gpu" / f"{name}.csv") for name in ("step", "small")
+    )
+    paper = paper[paper["recomputation"] == "off"].rename(columns={"network": "system"})
+    paper["system"] = paper["system"].replace("segresmamba_none", "none")
+    columns = {}
+    for (size, table), precision in product(
+        {"paper": paper, "small": small}.items(), ("fp32", "bf16")
+    ):
+        of = table[table["precision"] == precision].set_index("system").reindex(STEPS_OF)
+        text = [
+            f"{a:.1f} / {b:.0f}" for a, b in zip(of["captured_ms"], of["eager_ms"], strict=True)
+        ]
+        columns[f"{size}, {precision}"] = text
+    titles = [grid.SYSTEMS[name].title for name in STEPS_OF]
+    return pd.DataFrame(columns, index=titles).rename_axis("network")
 
 
 def fits() -> pd.DataFrame:
@@ -138,35 +163,30 @@ def fits() -> pd.DataFrame:
 
 
 def cost() -> pd.DataFrame:
-    """A row a grid, then all of them, each run once: runs, steps, hours.
+    """A row a grid, then all of them, each run once: runs, steps, hours of a GPU.
 
-    Hours on the CPU of `results/reference/cpu/systems.csv`, and on a GPU by the fastest of each system's runs in the
-    learning-rate search, ablations by SegResMamba's. A step on volumes of the diagnostic task counts by their voxels.
+    Hours by the captured step of `results/reference/gpu/small.csv`, fp32, without samples. A step on volumes of the
+    diagnostic task counts by its voxels.
     """
-    searched = grid.runs("rates")
-    gpu = (searched["seconds"] / searched["steps"]).groupby(searched["system"]).min()
-    gpu = gpu.reindex([*grid.SYSTEMS]).fillna(gpu["segresmamba"])
-    seconds = {"CPU hours": grid.systems()["step_seconds"], "GPU hours": gpu}
-    of_default = prod(runs.config_for("default", grid.DATASET).patch_size)
+    step = grid.gpu_steps()["captured_ms"]
     grids = {name: grid.configs(name) for name in grid.GRIDS}
     grids["all"] = tuple({config: None for configs in grids.values() for config in configs})
     rows = {}
     for name, configs in grids.items():
         steps = pd.Series([config.steps for config in configs])
-        sizes = pd.Series([prod(config.patch_size) / of_default for config in configs])
-        systems = pd.Series([config.system for config in configs])
-        rows[name] = {"runs": len(configs), "steps": steps.sum()} | {
-            hours: (steps * sizes * systems.map(step)).sum() / 3600
-            for hours, step in seconds.items()
-        }
+        voxels = pd.Series([config.batch_size * prod(config.patch_size) for config in configs])
+        of_plan = voxels / (grid.BATCH * prod(grid.PATCH))
+        milliseconds = pd.Series([step[config.system] for config in configs])
+        hours = (steps * of_plan * milliseconds).sum() / 3.6e6
+        rows[name] = {"runs": len(configs), "steps": steps.sum(), "GPU hours": hours}
     return pd.DataFrame(rows).T.rename_axis("grid")
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown: whole numbers, hours with one decimal."""
+    """A table as Markdown: whole numbers, hours with two decimals."""
     lines = [[table.index.name, *table.columns], ["---"] * (1 + len(table.columns))]
     for index, row in table.iterrows():
-        cells = [v if isinstance(v, str) else f"{v:,.1f}".removesuffix(".0") for v in row]
+        cells = [v if isinstance(v, str) else f"{v:,.2f}".removesuffix(".00") for v in row]
         lines.append([f"{index}", *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -3,7 +3,6 @@
     python benchmarks/step.py count            # results/reference/memory/counted.csv, levers.csv; no device is used
     python benchmarks/step.py measure          # results/reference/memory/measured_cpu.csv; memory, no times
     python benchmarks/step.py levers           # results/reference/memory/levers_cpu.csv; nothing else may run
-    python benchmarks/step.py systems          # prints results/reference/cpu/systems.csv anew; nothing else may run
     python benchmarks/step.py settings OUT.csv # results/reference/gpu/memory.csv
     python benchmarks/step.py gpu OUT.csv      # results/reference/gpu/step.csv; eager and captured steps on one GPU
     python benchmarks/step.py small OUT.csv    # results/reference/gpu/small.csv; the same of the comparisons' systems
@@ -145,54 +144,6 @@ def settings(
         write(rows, out)
 
 
-# --- The systems of the comparisons ---------------------------------------------------------------
-
-STEPS, FIRST = 9, 3  # of one short training; its first steps are not counted
-
-
-@app.command()
-def systems(
-    rounds: Annotated[int, typer.Option(help="Trainings of each system.")] = 3,
-    store: Annotated[
-        bool,
-        typer.Option("--store", help="Replace the committed table: other steps for most runs."),
-    ] = False,
-) -> None:
-    """Print parameters, MACs and seconds a training step of each system of `srlib.study.grid`.
-
-    The committed table, results/reference/cpu/systems.csv, is not touched: the steps of runs come from it, and runs are
-    named by their steps. `--store` replaces it, for those who compute every grid but rates and cue again.
-
-    `parameters`: of the network for the hippocampus data; `gmacs`: of one forward pass of one image of the default
-    profile's patch, scan included; `step_seconds`: the median step of short trainings (`srlib.run.train`, default
-    profile: batch 2, samples included) without their first steps. The systems take turns, so that what disturbs a
-    machine for a while disturbs all.
-    """
-    seconds: dict[str, list[float]] = {system: [] for system in grid.SYSTEMS}
-    for _ in range(rounds):
-        for system, found in seconds.items():
-            found += step_seconds(system)
-            print(f"{system:<16}{median(found):.3f} s a step", flush=True)
-    rows = [
-        {"system": key, "title": system.title, **grid.cost(key)}
-        | {"step_seconds": median(seconds[key]), "step_seconds_min": min(seconds[key])}
-        for key, system in grid.SYSTEMS.items()
-    ]
-    table = pd.DataFrame(rows)
-    print(table.to_string(index=False, float_format="%.5g"))
-    if store:
-        machine.write_table(table, files.REFERENCE / "cpu" / "systems.csv")
-
-
-def step_seconds(
-    system: str, first: int = FIRST, steps: int = STEPS, **settings: Any
-) -> list[float]:
-    """Seconds of each step of one short training, without the first ones."""
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, SRLIB_RESULTS=folder):
-        history = train.train(grid.config_of(system, steps=steps, **settings)).history
-    return history["seconds"].diff()[first:].tolist()
-
-
 # --- Eager and captured steps on one GPU ----------------------------------------------------------
 
 VARIANTS = ("none", "inner", "outer")  # beside SegResMamba with both ToM layers
@@ -330,6 +281,13 @@ def measure_small(system: str, precision: str, batch_size: int) -> Iterator[dict
             yield {"with_samples_ms": 1000 * median(taken)}
         else:
             print(f"with_samples_ms is left out: {grid.DATASET} is not here ($SRLIB_DATA)")
+
+
+def step_seconds(system: str, first: int, steps: int, **settings: Any) -> list[float]:
+    """Seconds of each step of a short training, samples included, without the first ones."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, SRLIB_RESULTS=folder):
+        history = train.train(grid.config_of(system, steps=steps, **settings)).history
+    return history["seconds"].diff()[first:].tolist()
 
 
 def milliseconds(function: Callable[[], object], number: int) -> float:

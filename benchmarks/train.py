@@ -1,6 +1,5 @@
-"""Trainings: the accuracy that seconds on a GPU buy, several GPUs, the same bits again, and work after `kill -9`.
+"""Trainings: several GPUs, the same bits again, and work after `kill -9`.
 
-python benchmarks/train.py seconds OUT.csv      # results/reference/gpu/training.csv
 python benchmarks/train.py gpus OUT.csv         # results/reference/gpu/ddp.csv
 python benchmarks/train.py determinism OUT.csv  # results/reference/gpu/determinism.csv
 python benchmarks/train.py kill --kills 10      # results/reference/cpu/kill_test.csv
@@ -36,57 +35,10 @@ from srlib import data, machine, tables
 from srlib.files import REFERENCE
 from srlib.run import train
 from srlib.run.captured import CapturedStep, capturable
-from srlib.run.evaluate import METRICS, evaluate
 from srlib.run.runs import RunConfig, config_for
 from srlib.study import grid
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
-
-# --- Seconds of a GPU -----------------------------------------------------------------------------
-
-PROBE = 60  # steps of the run that measures a step; the first half compiles and warms up
-
-
-@app.command()
-def seconds(
-    out: Path,
-    limit: Annotated[float, typer.Option("--seconds", help="Of each training.")] = 90,
-    system: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
-    seed: int = 0,
-    batch_size: int = 8,
-    learning_rate: float = 4e-3,
-) -> None:
-    """Train systems of `srlib.study.grid` on hippocampus, fold 0, for so many seconds, and score them.
-
-    With a batch that keeps a GPU busy, and for as many steps as the seconds hold by the median step of a short run, so
-    that every system goes through its whole learning-rate schedule. A row is written as soon as it is measured:
-    settings of the run; `seconds` of the training, samples included; `dice` (mean over classes, then cases),
-    `dice_<class>`, `nsd`, `hd95` (mm): means over the held-out cases.
-    """
-    rows = []
-    for key in system or ("segresmamba", "none", "segresnet", "nnunet"):
-        options = {"seed": seed, "batch_size": batch_size, "learning_rate": learning_rate}
-        probe = train.train(grid.config_of(key, steps=PROBE, **options))
-        step = probe.history["seconds"].diff().tail(PROBE // 2).median()
-        config = grid.config_of(key, steps=max(PROBE + 1, round(limit / step)), **options)
-        result, table = train.train(config), evaluate(config)
-        by_class = table.groupby("class", sort=False)["dice"].mean().add_prefix("dice_")
-        settings = ("steps", "batch_size", "patch_size", "learning_rate", "precision")
-        rows.append(
-            {
-                "system": grid.SYSTEMS[key].title,
-                "parameters": sum(p.numel() for p in result.model.parameters()),
-                **{name: getattr(config, name) for name in (*settings, "fold", "seed")},
-                "seconds": result.history["seconds"].iloc[-1],
-                "ms_per_step": 1000 * step,
-                "cases": table["case"].nunique(),
-                **table[list(METRICS)].mean(),
-                **by_class,
-            }
-        )
-        machine.write_table(pd.DataFrame(rows), out)
-        print(pd.Series(rows[-1]).to_string(), flush=True)
-
 
 # --- Several GPUs of one host ---------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ DASHES = ("-", "--", ":", "-.")
 METRIC_LABELS = {"dice": "Dice (1: perfect)", "nsd": "NSD (1: perfect)"}
 METRIC_LABELS["hd95"] = "HD95 (mm, 0: perfect)"
 COSTS = {"parameters": "parameters (millions)", "gmacs": "forward pass (GMACs)"}
-COSTS["step_seconds"] = "CPU step (s)"
+COSTS["captured_ms"] = "step on a GPU (ms)"
 LINE: dict[str, Any] = {"color": GREY, "linewidth": 1, "linestyle": "--"}  # for orientation
 
 Panels = Mapping[str, Mapping[str, ArrayLike]]
@@ -389,7 +389,7 @@ def strip(claim: str, answer: claims.Finding) -> Figure:
 
 def claims_picture(answers: Mapping[str, claims.Finding]) -> Figure:
     """Claims with their verdicts (`srlib.study.claims.findings`), and a strip of numbers beside each (`strip`)."""
-    lines = {claim: textwrap.wrap(claim, 42) for claim in answers}
+    lines = {claim: textwrap.wrap(claim, 38) for claim in answers}
     heights = [max(0.19 * len(lines[k]) + 0.35, _strip_height(k, a)) for k, a in answers.items()]
     figure = Figure(figsize=(7.5, sum(heights) + 0.4))
     options: dict[str, Any] = {"height_ratios": heights, "width_ratios": (3.3, 4.2)}

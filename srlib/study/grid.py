@@ -34,11 +34,12 @@ from concurrent.futures import (
     wait,
 )
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from math import nan
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -229,8 +230,9 @@ def gpu_steps(precision: str = "fp32") -> pd.DataFrame:
 
 
 def systems() -> pd.DataFrame:
-    """Parameters, MACs and measured seconds a step of each system, by its key."""
-    return tables.read(paths.REFERENCE / "cpu" / "systems.csv").set_index("system")
+    """Title and `cost` of each system, by its key; counted, which takes some seconds."""
+    rows = {key: {"title": system.title, **cost(key)} for key, system in SYSTEMS.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("system")
 
 
 def learning_rates() -> dict[str, float]:
@@ -482,14 +484,16 @@ def made_with(cases: pd.DataFrame) -> str:
     return " | ".join((where, seeds, steps, "/".join(cases["device"].unique())))
 
 
-def cost(system: str) -> dict[str, float]:
+@cache
+def cost(system: str) -> Mapping[str, float]:
     """Parameters of a system, and GMACs of one forward pass of one patch."""
     config = config_of(system, patch_size=PATCH)
     network = build_model(config)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 1, *config.patch_size))
     parameters = sum(p.numel() for p in network.parameters())
-    return {"parameters": parameters, "gmacs": counter.get_total_flops() / 2e9}
+    gmacs = counter.get_total_flops() / 2e9
+    return MappingProxyType({"parameters": parameters, "gmacs": gmacs})
 
 
 # --- Executors ------------------------------------------------------------------------------------

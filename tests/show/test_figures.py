@@ -36,7 +36,7 @@ CASES = case_tables.cases(SYSTEMS)
 FIRST = CASES[(CASES["system"] == "segresmamba") & (CASES["seed"] == 0)]
 COSTS = pd.DataFrame({"title": ["a", "b", "c", "d"], "points": [0.0, -1, 1, 2]})
 COSTS = COSTS.assign(low=[0.0, -1.3, 0.8, -8.0], high=[0.0, -0.7, 1.2, 12.0])
-COSTS = COSTS.assign(parameters=7.0, gmacs=1.5, step_seconds=0.4)
+COSTS = COSTS.assign(parameters=7.0, gmacs=1.5, captured_ms=14.0)
 ACCURACY = pd.DataFrame({"distance": [4, 4, 64, 64], "accuracy": [1.0, 0.9, 0.5, 0.6]})
 ACCURACY = ACCURACY.assign(seed=[0, 1] * 2, title="SegResMamba", system="segresmamba", found=1.0)
 BINS = {"voxels": 9, "predicted": np.arange(9), "observed": 9 * RANDOM.uniform(size=9)}
