@@ -240,7 +240,8 @@ def _numbers(values: pd.Series) -> str:
     printed = values.drop(["here", "low", "high"], errors="ignore")
     said = [f"{table}: {value:.2f}" for table, value in printed.items()]
     if "here" in values:
-        reach = "{low:.2f} to {high:.2f}".format(**values) if values["low"] < values["high"] else ""
+        there = {"low", "high"} <= {*values.index} and values["low"] < values["high"]
+        reach = "{low:.2f} to {high:.2f}".format(**values) if there else ""
         said.append(f"here: {values['here']:.2f}" + (f" ({reach})" if reach else ""))
     return "; ".join(said)
 
