@@ -230,6 +230,12 @@ def test_the_page_has_a_row_for_each_claim_with_its_numbers():
         assert cell.text.startswith(answer.sentence)
 
 
+def test_a_number_without_an_interval_stands_alone():
+    numbers = pd.Series({"table 5": 1.27, "here": -0.02, "low": -0.2, "high": 0.1})
+    assert pages._numbers(numbers) == "table 5: 1.27; here: -0.02 (-0.20 to 0.10)"
+    assert pages._numbers(numbers[:2]) == "table 5: 1.27; here: -0.02"
+
+
 def written(text):
     """Claims and verdicts of a text: its paragraphs `**claim: verdict.** ...` and rows `| claim | verdict | ...`."""
     names = "|".join(map(re.escape, claims.CLAIMS))
