@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple, fields
 from functools import partial
 from itertools import product
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -149,7 +150,7 @@ def settings(
 VARIANTS = ("none", "inner", "outer")  # beside SegResMamba with both ToM layers
 OURS = ("segresmamba", "segmamba")  # names of what has `recompute` begin so
 EAGER, CAPTURED = 10, 50  # steps
-ENERGY = 1500  # ms of steps whose energy is read; the counter moves some ten times a second
+ENERGY = 2500  # ms of steps whose energy is read
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # and Lightning Fabric's names
 Step = Callable[[Tensor, Tensor], Tensor]
 Row = tuple[dict[str, Any], Callable[[], Iterable[dict[str, float]]]]  # its key, what measures it
@@ -346,16 +347,30 @@ def measure_step(
 
 
 def joules(function: Callable[[], object], number: int) -> float:
-    """Energy of one of so many calls, by the board's counter."""
+    """Energy of one of so many calls, by the board's counter, between the first and the last call that moved it.
+
+    The counter moves some ten times a second and less: what lies before its first move and after its last one would
+    be counted wrongly, by up to half for calls that take milliseconds.
+    """
     import pynvml
 
     pynvml.nvmlInit()
     board = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-    start = pynvml.nvmlDeviceGetTotalEnergyConsumption(board)
+    counts = [pynvml.nvmlDeviceGetTotalEnergyConsumption(board)]
     for _ in range(number):
         function()
-    torch.cuda.synchronize()
-    return (pynvml.nvmlDeviceGetTotalEnergyConsumption(board) - start) / 1000 / number
+        torch.cuda.synchronize()
+        counts.append(pynvml.nvmlDeviceGetTotalEnergyConsumption(board))
+    return by_moves(counts)
+
+
+def by_moves(counts: list[int]) -> float:
+    """Joules a call, from a counter's mJ before the first call and after each; NaN if it moved less than twice."""
+    moves = [k for k in range(1, len(counts)) if counts[k] != counts[k - 1]]
+    if len(moves) < 2:
+        return nan
+    first, last = moves[0], moves[-1]
+    return (counts[last] - counts[first]) / (last - first) / 1000
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from types import ModuleType
 
 import pytest
@@ -54,6 +55,12 @@ def test_steps_of_a_system_are_rows(step, tmp_path, monkeypatch):
         ("none", "fp32"), ("forward", "fp32"), ("none", "bf16"),
     ]  # fmt: skip
     assert (rows["eager_ms"] > 0).all()
+
+
+def test_energy_is_counted_from_move_to_move(step):
+    counts = [1000 * (7 * k // 30) for k in range(5, 300)]  # 7 J in 30 calls, by whole joules
+    assert step.by_moves(counts) == pytest.approx(7 / 30, rel=0.02)
+    assert math.isnan(step.by_moves([1, 1, 2, 2]))
 
 
 def test_only_rows_that_are_missing_or_failed_are_measured(step, tmp_path, monkeypatch):
