@@ -431,7 +431,7 @@ def compute_run(config: RunConfig) -> tuple[str, dict[str, Any]]:
     try:
         train(config, progress=False)
     except FloatingPointError as error:
-        table = pd.DataFrame(columns=list(COLUMNS)).to_csv(index=False)
+        table = ",".join(COLUMNS) + "\n"
         record: dict[str, Any] = {"run": run_dir(config).name, "config": dataclasses.asdict(config)}
         record["diverged"] = str(error)
     else:
