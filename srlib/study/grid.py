@@ -149,8 +149,9 @@ def _cue() -> Iterator[Planned]:
 
 
 def _at_equal_steps(systems: Iterable[str], seeds: Iterable[int] = (0,)) -> Iterator[Planned]:
+    rates = learning_rates()
     for seed, fold, system in product(seeds, FOLDS, systems):
-        yield Planned(_tuned(system, fold, seed), nan)
+        yield Planned(_of_plan(system, fold, seed, learning_rate=rates[system]), nan)
 
 
 def _further_seeds() -> Iterator[Planned]:
@@ -162,10 +163,10 @@ def _further_seeds() -> Iterator[Planned]:
 def _at_equal_time() -> Iterator[Planned]:
     """Runs of as many steps as fit into the time that SegResMamba's take on a GPU alone."""
     step, best = gpu_steps()["captured_ms"], best_peer()
-    budget = STEPS * step["segresmamba"]
+    budget, rates = STEPS * step["segresmamba"], learning_rates()
     for fold, system in product(FOLDS, (*TOM, best) if best else TOM):
-        steps = round(budget / step[system])
-        yield Planned(_tuned(system, fold, 0, steps=steps), round(budget / 60_000, 2))
+        settings = {"learning_rate": rates[system], "steps": round(budget / step[system])}
+        yield Planned(_of_plan(system, fold, 0, **settings), round(budget / 60_000, 2))
 
 
 # The runs of each grid; those that share STEPS are EQUAL_STEPS.
@@ -208,11 +209,6 @@ def _of_plan(system: str, fold: int, seed: int, **settings: Any) -> RunConfig:
     """A run with the plan's patches; its steps, too, unless others are given."""
     plan: dict[str, Any] = {"patch_size": PATCH, "batch_size": BATCH, "steps": STEPS} | settings
     return config_of(system, fold=fold, seed=seed, **plan)
-
-
-def _tuned(system: str, fold: int, seed: int, **settings: Any) -> RunConfig:
-    """A run of the plan with the learning rate that the search chose."""
-    return _of_plan(system, fold, seed, learning_rate=learning_rates()[system], **settings)
 
 
 def best_peer() -> str | None:
