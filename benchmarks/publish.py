@@ -61,7 +61,7 @@ def field(
     fold: int = grid.FOLDS[0],
     system: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
 ) -> None:
-    """Compute receptive fields, trained and untrained, where the runs of the grids `tom` and `ablations` were trained.
+    """Compute receptive fields, trained and untrained, where runs of the plan were trained, in one fold.
 
     Weights are not in the repository; of a run that is not here the rows of the table stay, if they are of the same
     fold. The field (`srlib.study.receptive`) is averaged over the first held-out cases, each in the middle of a patch.
@@ -72,7 +72,7 @@ def field(
     order = {name: number for number, name in enumerate((*grid.TOM, *grid.ABLATIONS))}
     file = files.REFERENCE / grid.DATASET / "receptive_field.csv"
     found = []
-    for config in (*grid.configs("tom"), *grid.configs("ablations")):
+    for config in (c for name in ("tom", "seeds", "ablations") for c in grid.configs(name)):
         if config.fold != fold or config.system not in (system or order):
             continue
         found.append(rows_of(config, "untrained", train.build_model(config), cases))
