@@ -113,13 +113,23 @@ def scoring(network: nn.Module, entry: Entry) -> nn.Module:
     return Scoring(network, entry) if entry.regions else network
 
 
-def loss_function(entry: Entry) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_function(entry: Entry, authors: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
     """Loss of outputs (B, K, X, Y, Z) against a label map (B, 1, X, Y, Z): Dice and cross-entropy.
 
     Of softmax, the background left out of Dice; of regions, each class by its own sigmoid.
+
+    Args:
+        entry: the data set's.
+        authors: the paper's authors' loss, which they have for regions: Dice alone, of sigmoids, with squares in the
+            denominator. Where classes exclude each other the background is one of them, since the largest output is
+            the label.
     """
     from monai.losses import DiceCELoss, DiceLoss
 
+    if authors:
+        dice = DiceLoss(sigmoid=True, squared_pred=True, smooth_nr=0, smooth_dr=1e-5)
+        members = entry.members if entry.regions else ((0,), *entry.members)
+        return lambda outputs, labels: dice(outputs, class_masks(labels, members).to(outputs))
     if not entry.regions:
         return DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
     dice = DiceLoss(sigmoid=True)

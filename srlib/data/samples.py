@@ -5,7 +5,7 @@ Arrays are (C, X, Y, Z), as in `srlib.data.cases`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import radians
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,18 @@ INTENSITIES = {
     "gamma": (0.3, 0.7, 1.5),  # exponent, of intensities from 0 to 1
     "noise": (0.3, 0.0, 0.1),  # standard deviation
 }
+
+
+class Augmentation(NamedTuple):
+    """What is changed at random: the share of samples that are rotated and scaled, and intensities as `INTENSITIES`."""
+
+    turned: float
+    intensities: Mapping[str, tuple[float, float, float]]
+
+
+OURS = Augmentation(TURNED, INTENSITIES)
+# Of the paper's authors, whose script takes MONAI's RandScaleIntensityd and RandShiftIntensityd with prob=1.
+AUTHORS = Augmentation(0.0, {"scale": (1.0, -0.1, 0.1), "shift": (1.0, -0.1, 0.1)})
 
 
 class Draw(NamedTuple):
@@ -82,6 +94,7 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         steps: number of steps; the length is `steps * batch_size`.
         seed: non-negative integer.
         augment: False for plain crops.
+        augmentation: what `augment` changes besides mirroring.
         first_step: step that item 0 belongs to.
         device: where all cases stay and samples are made, if the cases take less than `STAYING`. Else, and with
             `None`, samples are made on the CPU and a case is read when its turn comes. A GPU draws the noise itself:
@@ -105,6 +118,7 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         augment: bool = True,
         first_step: int = 0,
         device: torch.device | None = None,
+        augmentation: Augmentation = OURS,
     ) -> None:
         if not case_ids or len(patch_size) != 3:
             raise ValueError(f"expected cases and 3 patch sizes, got {case_ids!r}, {patch_size!r}")
@@ -118,7 +132,8 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.checked: set[Path] = set()  # by this process; each time would outlast a sample
         self.patch_size = tuple(patch_size)
         self.batch_size, self.steps, self.first_step = batch_size, steps, first_step
-        self.seed, self.augment, self.flip_axes = seed, augment, dataset.entry.flip_axes
+        self.seed, self.flip_axes = seed, dataset.entry.flip_axes
+        self.augmentation = augmentation if augment else None
         self.device, self.staying = None, None
         if device and sum(place.stat().st_size for _, place in self.cases) < STAYING:
             self.device = device
@@ -135,7 +150,7 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         index = _random(self.seed, 0, epoch).permutation(len(self.cases))[position]
         case = self.staying[index] if self.staying else self._read(index)
         random = _random(self.seed, 1, *divmod(number, self.batch_size))
-        draw = _draw(case, self.patch_size, self.flip_axes, self.augment, random)
+        draw = _draw(case, self.patch_size, self.flip_axes, self.augmentation, random)
         image, label = _make(case, draw, self.patch_size)
         return {"image": image, "label": label.long()}
 
@@ -163,17 +178,17 @@ def _draw(
     case: _Prepared,
     patch: tuple[int, ...],
     flip_axes: Sequence[int],
-    augment: bool,
+    augmentation: Augmentation | None,
     random: RandomState,
 ) -> Draw:
     """Draw a sample of a case; the numbers are those of MONAI's random transforms in one `Compose`."""
     corner = _corner(case, patch, random)
-    if not augment:
+    if not augmentation:
         return Draw(corner, None, (), {}, random)
-    turn = _turn(random) if random.rand() < TURNED else None
+    turn = _turn(random) if random.rand() < augmentation.turned else None
     flips = tuple(axis for axis in flip_axes if random.rand() < 0.5)
     changes = {}
-    for name, (probability, low, high) in INTENSITIES.items():
+    for name, (probability, low, high) in augmentation.intensities.items():
         stream = RandomState(random.randint(1 << 32, dtype="uint32"))
         if stream.rand() < probability:
             changes[name] = stream.uniform(low, high)

@@ -45,7 +45,7 @@ SegResMamba (Das et al., MIDL 2025, arXiv:2503.07766), size `{config.model}`, {p
 {entry.source}. {training} training cases, {held_out} held-out ones (fold {config.fold}), fingerprint {fingerprint}.
 {entry.citation}
 
-Seed {config.seed}, {config.steps} steps of {config.batch_size} patches, AdamW,
+Seed {config.seed}, {config.steps} steps of {config.batch_size} patches, {optimizer},
 learning rate {config.learning_rate:g}, {config.precision}; with {versions}.
 Written by srlib {here}.
 
@@ -155,6 +155,7 @@ def card(trained: Trained, scores: pd.DataFrame | None, use: str) -> str:
         versions=", ".join(f"{name} {number}" for name, number in trained.versions.items()),
         here=__version__,
         metrics=NOT_MEASURED if scores is None else _metrics(trained, scores, spacing),
+        optimizer="Adam" if config.recipe == "authors" else "AdamW",
         limits=VIRTUAL if entry.virtual else REAL,
     )
 

@@ -42,7 +42,7 @@ from srlib.data.catalog import MEAN
 from srlib.data.labels import class_masks
 from srlib.files import RECIPE, atomic_path, cached_json, load_json, save_json
 from srlib.run.predict import scores_by_slab
-from srlib.run.runs import RunConfig, run_dir, run_id
+from srlib.run.runs import RunConfig, open_data, run_dir, run_id
 from srlib.run.train import load_trained, require_same_data, restore
 
 METRICS = ("dice", "nsd", "hd95")
@@ -70,7 +70,7 @@ def evaluate(
     """
     network = checkpoint or run_dir(config) / "model.safetensors"
     scores_file, table_file = (network.parent / name for name in ("evaluation.json", "metrics.csv"))
-    trained, dataset = load_trained(network), data.open(config.dataset)
+    trained, dataset = load_trained(network), open_data(config)
     require_same_data(trained, network)
     entry = dataset.entry
     cases = list(trained.split.test[: config.test_cases])

@@ -7,6 +7,7 @@ order of sums).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -17,6 +18,7 @@ import torch
 
 from srlib import data
 from srlib.data import plans
+from srlib.data.scans import Normalisation
 from srlib.files import RECIPE, runs_root
 from srlib.machine import device, processes
 from srlib.net.costs import step_memory
@@ -26,6 +28,7 @@ from srlib.run import profiles
 from srlib.scan import ORDERS
 
 DEFAULT = profiles.get("default")
+RECIPES = ("default", "authors")  # of training
 MEMORY = 4.0  # GiB that a training step may take unless another budget is stated
 
 
@@ -46,8 +49,9 @@ class RunConfig:
         learning_rate: peak of the schedule.
         weight_decay: of AdamW, for all but vectors and A.
         warmup: share of the steps with linear warm-up, 0 to below 1.
-        augment: random affine, flips, intensity and noise.
+        augment: random affine, flips, intensity and noise; as the recipe has them.
         precision: Lightning Fabric's name, `32-true` or `bf16-mixed`.
+        recipe: `default`, or `authors`, that of the paper's authors (`srlib.run.train`).
         test_cases: how many held-out cases are evaluated; `None` is all.
         system: key in `srlib.study.grid.SYSTEMS` of the system that these settings make, empty outside of comparisons;
             a name, and no part of the run's identity.
@@ -74,6 +78,7 @@ class RunConfig:
     warmup: float = 0.05
     augment: bool = True
     precision: str = "32-true"
+    recipe: str = "default"
     test_cases: int | None = None
     system: str = dataclasses.field(default="", compare=False)
 
@@ -81,6 +86,8 @@ class RunConfig:
         if self.model not in (*FEATURES, *SMALL):
             names = ", ".join((*FEATURES, *SMALL))
             raise ValueError(f"model {self.model!r} is not one of {names}")
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe {self.recipe!r} is not one of {', '.join(RECIPES)}")
         for name in ("steps", "batch_size", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -94,9 +101,11 @@ class RunConfig:
             raise ValueError(f"patch_size must be three positive numbers, got {self.patch_size}")
 
     def to_json(self) -> str:
-        """The settings as JSON with sorted keys, without the system's name."""
+        """The settings as JSON with sorted keys, without the system's name; the recipe unless it is the default one."""
         settings = dataclasses.asdict(self)
         del settings["system"]
+        if self.recipe == "default":  # runs from before there was another one keep their identity
+            del settings["recipe"]
         return json.dumps(settings, sort_keys=True)
 
 
@@ -113,6 +122,21 @@ def config_for(
     if entry.median_size and profile != "smoke" and "patch_size" not in overrides:
         settings["patch_size"], _ = planned_patch(entry)
     return RunConfig(dataset=entry.name, fold=fold, seed=seed, **settings)
+
+
+def open_data(config: RunConfig) -> data.Dataset:
+    """Open a run's data set as its recipe has it: the authors' scales what is not 0, and mirrors along every axis.
+
+    Raises:
+        ValueError, FileNotFoundError, DataError: as `srlib.data.open`.
+    """
+    dataset = data.open(config.dataset)
+    if config.recipe == "default":
+        return dataset
+    theirs, entry = copy.copy(dataset), dataset.entry
+    scaled: list[Normalisation] = ["nonzero"] * entry.in_channels
+    theirs.entry = dataclasses.replace(entry, normalisation=tuple(scaled), flip_axes=(0, 1, 2))
+    return theirs
 
 
 def planned_patch(

@@ -7,6 +7,13 @@ Gradients are clipped to a norm of 1; AdamW's weight decay leaves out what mamba
 of forgetting. The trained network is an average over the steps: an exponential moving average of weights and buffers,
 which at first forgets faster, so that nothing of the initial weights stays.
 
+That is the recipe `default`. `authors` is the paper's authors', as their script for BraTS has it (the repository
+badhandas/SegResMamba, brats_train.py and dataset_brats.py): Adam with weight decay on everything, the rate from its
+peak to 0 by a cosine, Dice of sigmoids with squares in the denominator, mirroring along each axis, intensities scaled
+and shifted by up to .1 in every sample, z-scores of what is not 0; no warm-up, no clipping, and the last weights. Three
+things differ. It is computed in fp32, they use fp16 with scaled losses. The cosine falls by the step, not by the epoch.
+They keep the epoch that is best on the cases that they report; nothing is chosen here.
+
 Under torchrun the processes share each batch. As many samples each, loss and gradients of the batch are the means of
 theirs; nothing in the networks or the loss looks across samples.
 
@@ -45,6 +52,7 @@ from tqdm.auto import tqdm
 from srlib import __version__, data, machine, tables
 from srlib.data import labels
 from srlib.data.catalog import tuples
+from srlib.data.samples import AUTHORS, OURS, Augmentation
 from srlib.files import (
     BrokenFile,
     atomic_path,
@@ -57,7 +65,7 @@ from srlib.machine import device, is_first_process, processes
 from srlib.net.model import FEATURES, SegResMamba
 from srlib.net.peers import SMALL, build
 from srlib.run.captured import CapturedStep, capturable, set_learning_rate
-from srlib.run.runs import RunConfig, is_done, run_dir
+from srlib.run.runs import RunConfig, is_done, open_data, run_dir
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -67,6 +75,17 @@ WEIGHTS = (torch.float32, torch.float16, torch.int64)
 BETAS = (0.9, 0.99)
 CLIP = 1.0  # norm of all gradients together
 AVERAGE = 0.998  # what a step keeps of the average
+
+
+class Recipe(NamedTuple):
+    """Numbers of a recipe: the largest norm of all gradients together, what a step keeps of the average, samples."""
+
+    clip: float
+    average: float
+    augmentation: Augmentation
+
+
+SETTINGS = {"default": Recipe(CLIP, AVERAGE, OURS), "authors": Recipe(math.inf, 0.0, AUTHORS)}
 # A training has diverged when the mean of its last losses, some 20, is so many times its lowest value. A loss may end
 # near 0, where one wrong voxel is many times as much.
 LAST, DIVERGED, LOWEST = 20, 10.0, 0.05
@@ -137,7 +156,12 @@ def network_arguments(config: RunConfig, entry: data.Entry) -> dict[str, Any]:
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """Linear warm-up to the peak, then polynomial decay with exponent 0.9 (as nnU-Net's), for 0-based `step`."""
+    """Linear warm-up to the peak, then polynomial decay with exponent 0.9 (as nnU-Net's), for 0-based `step`.
+
+    By the authors' recipe half a cosine from the peak to 0.
+    """
+    if config.recipe == "authors":
+        return config.learning_rate * (1 + math.cos(math.pi * step / config.steps)) / 2
     warmup = round(config.warmup * config.steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -159,6 +183,14 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     ]
 
 
+def make_optimizer(network: nn.Module, config: RunConfig) -> torch.optim.Adam:
+    """Make the optimizer of a run's network, whose rate is set at each step."""
+    if config.recipe == "authors":
+        return torch.optim.Adam(network.parameters(), weight_decay=config.weight_decay, fused=True)
+    groups = parameter_groups(network, config.weight_decay)
+    return torch.optim.AdamW(groups, betas=BETAS, fused=True)
+
+
 class WeightAverage:
     """Exponential moving average of a network's weights and floating-point buffers.
 
@@ -166,12 +198,14 @@ class WeightAverage:
 
     Args:
         network: stays where it is; its tensors are read.
+        most: what a step keeps at most; with 0 the average is the last weights.
 
     Attributes:
         values: name -> averaged tensor; counters are the network's own.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, most: float = AVERAGE) -> None:
+        self.most = most
         now = network.state_dict()  # shares the network's memory
         floats = [name for name, tensor in now.items() if tensor.is_floating_point()]
         self.values = now | {name: now[name].clone() for name in floats}
@@ -180,7 +214,7 @@ class WeightAverage:
 
     def update(self, step: int) -> None:
         """Take the weights after step `step` in."""
-        kept = min(AVERAGE, (1 + step) / (10 + step))
+        kept = min(self.most, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._mine, self._now, 1 - kept)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
@@ -229,7 +263,7 @@ def train(
         )
     folder = run_dir(config)
     if not is_done(config):
-        fabric, dataset = launch(config), data.open(config.dataset)
+        fabric, dataset = launch(config), open_data(config)
         with fabric.rank_zero_first():  # the others find the cases checked
             dataset.check(config.fold)
         with locked(folder) if is_first_process() else nullcontext():
@@ -283,7 +317,7 @@ def launch(config: RunConfig) -> Fabric:
 
 def training_step(
     fabric: Fabric, config: RunConfig, entry: data.Entry
-) -> tuple[nn.Module, torch.optim.AdamW, Callable[[Tensor, Tensor], Tensor]]:
+) -> tuple[nn.Module, torch.optim.Adam, Callable[[Tensor, Tensor], Tensor]]:
     """Make a run's untrained network on its device, its optimizer and its training step.
 
     Args:
@@ -296,11 +330,10 @@ def training_step(
         loss of all processes. They have equal weights before and after it.
     """
     network = build_model(config, entry)
-    groups = parameter_groups(network, config.weight_decay)
-    adamw = torch.optim.AdamW(groups, betas=BETAS, fused=True)
-    model, optimizer = fabric.setup(network, adamw)
+    adam = make_optimizer(network, config)
+    model, optimizer = fabric.setup(network, adam)
     model.train()
-    loss_function = labels.loss_function(entry)
+    loss_function = labels.loss_function(entry, config.recipe == "authors")
 
     def step(image: Tensor, label: Tensor) -> Tensor:
         optimizer.zero_grad()
@@ -309,11 +342,11 @@ def training_step(
         loss = loss.detach()
         # UNETR has parameters without a gradient.
         _average([loss, *(p.grad for p in network.parameters() if p.grad is not None)])
-        nn.utils.clip_grad_norm_(network.parameters(), CLIP, foreach=True)
+        nn.utils.clip_grad_norm_(network.parameters(), SETTINGS[config.recipe].clip, foreach=True)
         optimizer.step()
         return loss
 
-    return network, adamw, step
+    return network, adam, step
 
 
 def _average(tensors: list[Tensor]) -> None:
@@ -338,18 +371,19 @@ def _train(
         remove_temporaries(folder)
     origin, files = about_to_train(config, dataset), dataset.file_states()
     _require_unchanged(origin, files, folder)
-    network, adamw, step_with = training_step(fabric, config, dataset.entry)
-    average, divergence = WeightAverage(network), Divergence()
+    network, adam, step_with = training_step(fabric, config, dataset.entry)
+    recipe, divergence = SETTINGS[config.recipe], Divergence()
+    average = WeightAverage(network, recipe.average)
     found = fabric.is_global_zero and checkpoint.is_file()
     if state := fabric.broadcast(load_state(checkpoint, config) if found else None):
         network.load_state_dict(state["model"])
         average.load(state["average"])
-        adamw.load_state_dict(state["optimizer"])
+        adam.load_state_dict(state["optimizer"])
         history = [tuple(row) for row in state["history"].tolist()]
         for row in history:
             divergence.add(row[1])
     if fabric.device.type == "cuda":
-        capturable(adamw)
+        capturable(adam)
 
     first_step = len(history)
     with fabric.rank_zero_first():  # the others find the cases preprocessed
@@ -381,7 +415,7 @@ def _train(
     coming: Iterator[dict[str, Tensor]] = iter(loader)  # type: ignore[arg-type]
     batch = next(coming, {})
     for step in range(first_step, config.steps):
-        set_learning_rate(adamw, learning_rate(config, step))
+        set_learning_rate(adam, learning_rate(config, step))
         loss = take_step(batch["image"], batch["label"])
         batch = next(coming, {})  # is made while a GPU takes the step
         of_batch = float(loss)
@@ -397,7 +431,7 @@ def _train(
         if fabric.is_global_zero and now - saved > interval:
             check_before_saving(step)
             reached = {"model": network.state_dict(), "average": average.values}
-            reached["optimizer"] = adamw.state_dict()
+            reached["optimizer"] = adam.state_dict()
             rows = torch.tensor(history, dtype=torch.float64)
             save_state(checkpoint, config, reached | {"history": rows})
             saved = now
@@ -420,6 +454,7 @@ def _batches(config: RunConfig, dataset: data.Dataset, first_step: int, rank: in
         augment=config.augment,
         first_step=first_step,
         device=device() if device().type == "cuda" else None,
+        augmentation=SETTINGS[config.recipe].augmentation,
     )
     share = config.batch_size // processes()
     starts = range(rank * share, len(samples), config.batch_size)
@@ -471,7 +506,7 @@ def about_to_train(config: RunConfig, dataset: data.Dataset) -> Trained:
 
 def data_changes(trained: Trained) -> list[str]:
     """Say how the data set, as it is now, differs from the one of a training."""
-    dataset = data.open(trained.config.dataset)
+    dataset = open_data(trained.config)
     entry, split = dataset.entry, dataset.split(trained.config.fold)
     found = [
         f"{field} {getattr(trained.entry, field)} then, {getattr(entry, field)} now"

@@ -519,29 +519,46 @@ def test_turned_patch_is_the_affine_map_it_says():
     torch.testing.assert_close(plain[0], expected, rtol=0, atol=1e-4)
 
 
-def test_intensities_change_as_monais_random_transforms_change_them():
-    intensity = transforms.Compose(
-        [
-            transforms.RandScaleIntensityd("image", factors=0.15, prob=0.5),
-            transforms.RandShiftIntensityd("image", offsets=0.15, prob=0.5),
-            transforms.RandAdjustContrastd("image", gamma=(0.7, 1.5), prob=0.3),
-            transforms.RandGaussianNoised("image", std=0.1, prob=0.3),
-        ]
-    )
+@pytest.mark.parametrize(
+    ("augmentation", "changes", "least"),
+    [
+        (
+            samples.OURS,
+            [
+                transforms.RandScaleIntensityd("image", factors=0.15, prob=0.5),
+                transforms.RandShiftIntensityd("image", offsets=0.15, prob=0.5),
+                transforms.RandAdjustContrastd("image", gamma=(0.7, 1.5), prob=0.3),
+                transforms.RandGaussianNoised("image", std=0.1, prob=0.3),
+            ],
+            9,
+        ),
+        (
+            samples.AUTHORS,
+            [
+                transforms.RandScaleIntensityd("image", factors=0.1, prob=1.0),
+                transforms.RandShiftIntensityd("image", offsets=0.1, prob=1.0),
+            ],
+            1,
+        ),
+    ],
+    ids=["ours", "the authors'"],
+)
+def test_intensities_change_as_monais_random_transforms_change_them(augmentation, changes, least):
+    intensity = transforms.Compose(changes)
     image, patch = torch.randn(2, 9, 8, 7), (9, 8, 7)
     prepared = samples._Prepared(image, torch.zeros(1, 9, 8, 7), np.array([]))
     combinations = set()
     for seed in range(60):
         monais, ours = (np.random.RandomState(seed) for _ in range(2))
         samples._corner(prepared, patch, monais)
-        turned = monais.rand() < samples.TURNED
-        draw = samples._draw(prepared, patch, (), True, ours)
+        turned = monais.rand() < augmentation.turned
+        draw = samples._draw(prepared, patch, (), augmentation, ours)
         combinations.add(tuple(draw.changes))
         if not turned:
             intensity.set_random_state(state=monais)
             expected = intensity({"image": image})["image"].as_tensor()
             assert torch.equal(samples._make(prepared, draw, patch)[0], expected)
-    assert len(combinations) > 8
+    assert len(combinations) >= least
 
 
 def test_samples_of_cases_that_stay_are_those_of_cases_that_are_read(task, monkeypatch):

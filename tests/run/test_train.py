@@ -12,9 +12,12 @@ import time
 import pandas as pd
 import pytest
 import torch
+from monai.losses import DiceLoss
+from monai.networks import one_hot
 from safetensors.torch import load_file
 
 from srlib import data
+from srlib.data.samples import AUTHORS
 from srlib.run import runs, train
 from srlib.run.runs import RunConfig
 
@@ -47,6 +50,7 @@ def test_identity_changes_with_all_that_the_weights_depend_on(monkeypatch):
         {"tom": "none"},
         {"slice_axis": 1},
         {"augment": False},
+        {"recipe": "authors"},
     ):
         ids.add(runs.run_id(dataclasses.replace(QUICK, **change)))
     threads = torch.get_num_threads()
@@ -58,12 +62,17 @@ def test_identity_changes_with_all_that_the_weights_depend_on(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(runs, "RECIPE", 0)
     ids.add(runs.run_id(QUICK))
-    assert len(ids) == 9
+    assert len(ids) == 10
+    assert "recipe" not in json.loads(QUICK.to_json())  # or runs of the default one would be others
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"model": "huge"}, "model 'huge' is not one of"), ({"steps": 0}, "steps must be positive")],
+    [
+        ({"model": "huge"}, "model 'huge' is not one of"),
+        ({"recipe": "mine"}, "recipe 'mine' is not one of default, authors"),
+        ({"steps": 0}, "steps must be positive"),
+    ],
 )
 def test_bad_configurations_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -119,6 +128,42 @@ def test_the_average_is_the_sum_of_what_each_step_adds():
         average.values, expected | {"1.num_batches_tracked": torch.tensor(5000)}
     )
     assert average.values["0.weight"].mean() < network[0].weight.mean() - 4  # some 500 steps late
+
+
+@pytest.fixture
+def in_float64():
+    """Fabric casts a float64 network's output to this."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_the_authors_recipe_is_that_of_their_script(results, in_float64):
+    """Held to torch's and MONAI's own Adam, cosine and Dice, in float64: Adam makes much of rounding."""
+    theirs = {"learning_rate": 1e-4, "weight_decay": 1e-5, "recipe": "authors"}
+    theirs["precision"] = "64-true"
+    config = dataclasses.replace(QUICK, **theirs)
+    dataset = runs.open_data(config)
+    assert dataset.entry.normalisation == ("nonzero",)
+    assert data.open(QUICK.dataset).entry.normalisation == ("scan",)
+    cases, network = dataset.split().train, train.build_model(config).double()
+    adam = torch.optim.Adam(network.parameters(), 1e-4, weight_decay=1e-5)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=config.steps)
+    dice = DiceLoss(smooth_nr=0, smooth_dr=1e-5, squared_pred=True, sigmoid=True)
+    budget = (config.patch_size, config.batch_size, config.steps, config.seed)
+    samples = data.TrainingSamples(dataset, cases, *budget, augmentation=AUTHORS)
+    for batch in torch.utils.data.DataLoader(samples, config.batch_size):
+        adam.zero_grad()
+        target = one_hot(batch["label"], 3, dtype=torch.float64)
+        dice(network(batch["image"].double()), target).backward()
+        adam.step()
+        cosine.step()
+    result = train.train(config)
+    rates = result.history["learning_rate"]
+    assert rates.iloc[0] == 1e-4
+    assert rates.is_monotonic_decreasing
+    found, expected = (dict(n.state_dict()) for n in (result.model, network))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9, check_dtype=False)
 
 
 @pytest.mark.parametrize(
