@@ -32,6 +32,8 @@ app = typer.Typer(help=__doc__, rich_markup_mode=None)
 USE = """`python -m srlib predict {file} SCAN... --out DIR`, and `00_start_here`. It shows what the network does; no
   result of the collection rests on it. The weights are rounded to half precision"""
 
+LICENCE = "that of the data (NOTICE)"
+
 
 @app.command()
 def network(dataset: str, steps: int = 1500) -> None:
@@ -44,9 +46,10 @@ def network(dataset: str, steps: int = 1500) -> None:
         scores = evaluate.evaluate(config, checkpoint=Path(scratch, "tiny.safetensors"))
     file = predict.provided(dataset)
     save_trained(file, rounded)
-    use = USE.format(file=file.relative_to(files.ROOT))
+    about = {"device": machine.device_name(), "commit": machine.commit()[0][:7]}
+    use = USE.format(file=file.relative_to(files.ROOT), **about)
     with files.atomic_path(file.with_suffix(".md")) as temporary:
-        temporary.write_text(card(rounded, scores, use), encoding="utf-8")
+        temporary.write_text(card(rounded, scores, use, LICENCE), encoding="utf-8")
     typer.echo(file.with_suffix(".md").read_text())
 
 

@@ -61,13 +61,14 @@ Written by srlib {here}.
 
 - Code: srlib, Apache-2.0.
 - Data that it was trained on: {entry.licence}.
-- These weights: for whoever publishes them to state, within the licence of the data.
+- These weights: {weights}.
 """
 MEASURED = """Mean (standard deviation) over {n} held-out cases, on the grid of {spacing} mm, of masks from windows that
 overlap by half, by `monai.metrics` (`python -m srlib evaluate`; empty structures have documented values). NSD:
 share of both surfaces within {tolerance:g} mm; HD95: 95th percentile of the surface distance.
 
 {table}"""
+UNSTATED = "for whoever publishes them to state, within the licence of the data"
 USE = """`SegResMamba.from_pretrained(FOLDER)` in Python (srlib), or
   `python -m srlib predict FOLDER SCAN... --out DIR`"""
 NOT_MEASURED = (
@@ -129,13 +130,14 @@ def published(trained: Trained) -> Trained:
     return trained._replace(config=config, entry=entry, split=data.Split((), ()))
 
 
-def card(trained: Trained, scores: pd.DataFrame | None, use: str) -> str:
+def card(trained: Trained, scores: pd.DataFrame | None, use: str, weights: str = UNSTATED) -> str:
     """The model card in Markdown.
 
     Args:
         trained: the network.
         scores: its table from `srlib.run.evaluate`; `None` says that it was not measured.
         use: how it is used, in Markdown.
+        weights: the licence of the weights.
     """
     config, entry = trained.config, published(trained).entry
     spacing = " x ".join(f"{mm:g}" for mm in entry.spacing)
@@ -143,6 +145,7 @@ def card(trained: Trained, scores: pd.DataFrame | None, use: str) -> str:
         config=config,
         entry=entry,
         use=use,
+        weights=weights,
         parameters=sum(tensor.numel() for tensor in trained.weights.values()),
         modalities=", ".join(entry.modalities),
         spacing=spacing,

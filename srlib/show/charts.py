@@ -433,7 +433,7 @@ def _strip(axis: Axes, claim: str, answer: claims.Finding) -> None:
     axis.set(ylim=(len(table) - 0.5, -0.5), xscale="log" if multiples else "linear")
     axis.tick_params(axis="x", labelsize=8)
     below: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    axis.annotate(unit, (0, 0), (-6, -5), va="top", ha="right", size=8, color=GREY, **below)
+    axis.annotate(unit, (0, 0), (-14, -5), va="top", ha="right", size=8, color=GREY, **below)
     axis.margins(x=0.06)
     low, high = axis.get_xlim()
     span = max(low, claimed[0]), min(high, claimed[1])
