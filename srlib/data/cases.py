@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from srlib import files
-from srlib.data import cue, labels, plans, scans, virtual
-from srlib.data.catalog import CATALOG, Entry, find, recipe_fingerprint
+from srlib.data import labels, plans, scans
+from srlib.data.catalog import CATALOG, KNOWN, Entry, find, maker, recipe_fingerprint
 from srlib.data.folders import LAYOUTS, Case
 from srlib.files import RECIPE, DataError, cache_dir, slug
 
@@ -48,8 +48,8 @@ def get(name: str) -> Entry:
         ValueError: neither a known name nor a folder; it lists the names.
         DataError: a folder with faults, one line for each.
     """
-    if name in CATALOG:
-        return CATALOG[name]
+    if name in KNOWN:
+        return KNOWN[name]
     if not Path(name).is_dir():
         known = ", ".join(CATALOG)
         raise ValueError(f"unknown data set {name!r}; choose from {known}, or give a folder's path")
@@ -99,7 +99,7 @@ class Dataset:
         Five folds, or as many as there are cases: the cases in the order of the SHA-256 of
         "seed/name/id", dealt out in turn; the rule depends on no random generator's version. The name of
         a folder is left out, so that its folds stay when it moves. A virtual data set has one split, its
-        first cases (24 subjects of the cohort, 128 volumes of a diagnostic task) against the rest, as fold 0.
+        first cases (24 subjects of the cohort, 128 or 256 volumes of a diagnostic task) against the rest, as fold 0.
 
         Raises:
             ValueError: for a fold that the data set does not have, naming those it has.
@@ -109,7 +109,7 @@ class Dataset:
         if fold not in folds:
             raise ValueError(f"data set {entry.name!r} has the folds {list(folds)}, got {fold!r}")
         if entry.virtual:
-            test = set(ids[(cue if entry.name in cue.RECIPES else virtual).TRAINING :])
+            test = set(ids[maker(entry)[0].TRAINING :])
         else:
             of = entry.name if entry.name in CATALOG else "folder"
             keys = {i: hashlib.sha256(f"{FOLD_SEED}/{of}/{i}".encode()).digest() for i in ids}

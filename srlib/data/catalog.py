@@ -9,20 +9,24 @@ import socket
 import tarfile
 import tempfile
 import tomllib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import ChainMap, Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from srlib.data import cue, virtual
+from srlib.data import cue, mirror, virtual
 from srlib.data.folders import LAYOUTS
 from srlib.data.scans import Normalisation, check_normalisation
 from srlib.files import DataError, cache_dir, data_roots, make_visible
 
 MEAN = "mean of classes"  # in tables, the mean over the classes of a case; no class has this name
+TASKS_OF: dict[str, Mapping[str, Any]] = {
+    "cue": cue.RECIPES | cue.TURNED,
+    "mirror": mirror.RECIPES,
+}
 STALLED = 120.0  # seconds without a byte, after which a download is given up
 
 
@@ -134,12 +138,25 @@ def tuples(value: Any) -> Any:
 def _entries() -> Iterator[Entry]:
     stated = tomllib.loads(Path(__file__).with_name("catalog.toml").read_text(encoding="utf-8"))
     for name, fields in stated.items():
-        for distance in cue.DISTANCES if "{" in name else (None,):
-            title = fields["title"].format(distance=distance)
-            yield Entry(name.format(distance=distance), **tuples(fields) | {"title": title})
+        for task, recipe in TASKS_OF.get(name, {name: None}).items():
+            title = fields["title"].format(distance=recipe.distance) if recipe else fields["title"]
+            if task in cue.TURNED:
+                title += f" along axis {cue.TURNED[task].axis}"
+            yield Entry(task, **tuples(fields) | {"title": title})
 
 
 CATALOG: dict[str, Entry] = {entry.name: entry for entry in _entries()}
+# Lists leave out what only the grid `distance` asks for: opening it builds it, which takes up to a minute.
+TASKS = {name: CATALOG.pop(name) for name in (*cue.TURNED, *mirror.RECIPES)}
+KNOWN = ChainMap(CATALOG, TASKS)
+
+
+def maker(entry: Entry) -> tuple[Any, Any]:
+    """The module that makes a virtual data set, and its recipe."""
+    for module, recipes in ((cue, cue.RECIPES | cue.TURNED), (mirror, mirror.RECIPES)):
+        if entry.name in recipes:
+            return module, recipes[entry.name]
+    return virtual, virtual.RECIPE
 
 
 def find(entry: Entry) -> Path:
@@ -149,10 +166,8 @@ def find(entry: Entry) -> Path:
         FileNotFoundError: saying where was looked and how to get it.
     """
     if entry.virtual:
-        folder = cache_dir(entry.folder) / recipe_fingerprint(entry)
-        if entry.name in cue.RECIPES:
-            return cue.build(folder, cue.RECIPES[entry.name])
-        return virtual.build(folder, virtual.RECIPE)
+        module, recipe = maker(entry)
+        return module.build(cache_dir(entry.folder) / recipe_fingerprint(entry), recipe)
     if Path(entry.folder).is_absolute():
         return Path(entry.folder)
     sign = LAYOUTS[entry.layout].sign
@@ -178,9 +193,8 @@ def present() -> list[str]:
 
 def recipe_fingerprint(entry: Entry) -> str:
     """Short hash of what a virtual data set is made by."""
-    if entry.name in cue.RECIPES:
-        return cue.fingerprint(cue.RECIPES[entry.name])
-    return virtual.fingerprint(virtual.RECIPE)
+    module, recipe = maker(entry)
+    return module.fingerprint(recipe)
 
 
 def download(name: str) -> Path:

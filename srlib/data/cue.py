@@ -3,7 +3,8 @@
 A synthetic task, made to ask one question: over which distance does a network carry information? A volume holds
 16 rows along its last axis, the one that the forward and the reverse scan follow. Each row has one target, a small
 cube, the same for both classes, near one end of the volume; towards the middle, exactly `distance` voxels away, lies
-the row's cue. A bright cue makes its target class A, a dark one class B.
+the row's cue. A bright cue makes its target class A, a dark one class B. `cue-016-axis0` and the like are the same
+volumes, turned so that the rows lie along another axis.
 
 No shorter way leads to the class, by construction:
 
@@ -23,6 +24,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,13 +54,24 @@ class Recipe:
     noise: float = 0.2
     seed: int = 301
     version: int = 1  # raise it when the code below changes what a volume looks like
+    axis: int = 2  # of the volume, along which the rows lie; `shape` has them last
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Voxels of a volume."""
+        x, y, along = self.shape
+        return ((along, x, y), (x, along, y), (x, y, along))[self.axis]
 
 
 RECIPES = {f"cue-{distance:03d}": Recipe(distance) for distance in DISTANCES}
+TURNED = {
+    f"cue-{distance:03d}-axis{axis}": Recipe(distance, axis=axis)
+    for axis, distance in product((0, 1), (16, 32, 64))
+}
 
 
 class Rows(NamedTuple):
-    """The rows of one volume, each array (rows^2,): place across, target's and cue's place along, class 1 or 2."""
+    """The rows of a volume, not turned, each array (rows^2,): place across, target's and cue's along, class 1 or 2."""
 
     x: NDArray[np.int64]
     y: NDArray[np.int64]
@@ -69,7 +82,10 @@ class Rows(NamedTuple):
 
 def fingerprint(recipe: Recipe) -> str:
     """Short hash of the recipe."""
-    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()[:16]
+    parts = asdict(recipe)
+    if recipe.axis == 2:  # those that were there before the others keep their names
+        del parts["axis"]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def draw_rows(rng: np.random.Generator, recipe: Recipe) -> Rows:
@@ -100,7 +116,7 @@ def _draw(number: int, recipe: Recipe) -> tuple[NDArray[np.float64], Rows]:
 
 
 def make_volume(number: int, recipe: Recipe) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-    """Image and label map (X, Y, Z) of volume `number`; the image in hundredths."""
+    """Image and label map of volume `number`, (X, Y, Z) of `recipe.size`; the image in hundredths."""
     noise, rows = _draw(number, recipe)
     image, label = recipe.noise * noise, np.zeros(recipe.shape, np.uint8)
     for x, y, target, cue, value in zip(*rows, strict=True):
@@ -109,7 +125,8 @@ def make_volume(number: int, recipe: Recipe) -> tuple[NDArray[np.int16], NDArray
         image[*across, target - 1 : target + 2] += recipe.target
         # 5 voxels long: 8 x 45 cue voxels of either kind are more than the half percent that is clipped
         image[*across, cue - 2 : cue + 3] += recipe.cue if value == 1 else -recipe.cue
-    return np.round(100 * image).astype(np.int16), label
+    hundredths = np.round(100 * image).astype(np.int16)
+    return np.moveaxis(hundredths, 2, recipe.axis), np.moveaxis(label, 2, recipe.axis)
 
 
 def nearest_mark(recipe: Recipe) -> float:

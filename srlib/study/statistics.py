@@ -46,8 +46,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 from statsmodels.stats.power import TTestPower  # type: ignore[import-untyped]
 
-from srlib.data import cue
-from srlib.data.catalog import MEAN
+from srlib.data.catalog import MEAN, TASKS_OF
 from srlib.run.evaluate import METRICS
 
 LEVEL, POWER = 0.95, 0.8
@@ -238,19 +237,22 @@ def volume_ranks(cases: pd.DataFrame) -> dict[str, tuple[float, float]]:
 
 
 def cue_accuracy(cases: pd.DataFrame) -> pd.DataFrame:
-    """Share of right answers about the class, for each run of the diagnostic task (`srlib.data.cue`).
+    """Share of right answers about the class, for each run of a diagnostic task (`cue`, `mirror` in `srlib.data`).
 
     Returns:
-        Columns `system`, `title`, `distance`, `seed`, `accuracy`, `found`. Of the voxels that are called A or B in all
+        Columns `system`, `title`, `task`, `axis` (along which the mark is far), `distance`, `seed`, `accuracy`,
+        `found`. Of the voxels that are called A or B in all
         held-out volumes, `accuracy` is the share called right: 1/2 when targets are found but not told apart. `found`
         is their number over that of the targets' voxels.
     """
-    distances = {name: recipe.distance for name, recipe in cue.RECIPES.items()}
+    recipes = [(name, recipe) for of in TASKS_OF.values() for name, recipe in of.items()]
     table = cases.assign(
         right=cases["sensitivity"] * cases["volume_ref_ml"],
-        distance=cases["dataset"].map(distances),
+        task=cases["dataset"].str.partition("-")[0],
+        axis=cases["dataset"].map({name: recipe.axis for name, recipe in recipes}),
+        distance=cases["dataset"].map({name: recipe.distance for name, recipe in recipes}),
     )
-    runs = table.groupby(["system", "title", "distance", "seed"], sort=False)
+    runs = table.groupby(["system", "title", "task", "axis", "distance", "seed"], sort=False)
     sums = runs[["right", "volume_ref_ml", "volume_pred_ml"]].sum()
     accuracy = sums["right"] / sums["volume_pred_ml"]
     found = sums["volume_pred_ml"] / sums["volume_ref_ml"]

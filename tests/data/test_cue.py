@@ -14,9 +14,11 @@ NEAR, FAR = Recipe(4), Recipe(64)
 VOLUMES = range(40)
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("recipe", (RECIPES | cue.TURNED).values(), ids=[*RECIPES, *cue.TURNED])
 def test_each_target_has_its_cue_at_exactly_that_distance_in_its_row(recipe):
-    image, label = cue.make_volume(3, dataclasses.replace(recipe, noise=0.0))
+    volume = cue.make_volume(3, dataclasses.replace(recipe, noise=0.0))
+    assert volume[0].shape == recipe.size
+    image, label = (np.moveaxis(array, recipe.axis, 2) for array in volume)
     bright = {1: 200, 2: -200}
     for x, y, target, mark, value in zip(*cue.rows_of(3, recipe), strict=True):
         assert abs(target - mark) == recipe.distance
@@ -41,6 +43,23 @@ def test_a_volume_is_the_same_for_every_distance_but_for_the_cues():
     np.testing.assert_array_equal(labels, same)
     assert np.count_nonzero(near != far) <= 2 * 16 * 45
     np.testing.assert_array_equal(near[labels > 0], far[labels > 0])
+
+
+def test_along_another_axis_it_is_the_same_volume_turned():
+    image, label = cue.make_volume(7, Recipe(32))
+    for axis in (0, 1):
+        turned, labels = cue.make_volume(7, cue.TURNED[f"cue-032-axis{axis}"])
+        np.testing.assert_array_equal(np.moveaxis(turned, axis, 2), image)
+        np.testing.assert_array_equal(np.moveaxis(labels, axis, 2), label)
+    assert cue.TURNED["cue-032-axis1"].size == (24, 96, 24)
+
+
+def test_the_axis_names_other_data_and_leaves_the_names_of_the_first():
+    """As records of runs have them."""
+    assert cue.fingerprint(Recipe(64)) == "1a35b75c02b3f2df"
+    assert len({cue.fingerprint(Recipe(64, axis=axis)) for axis in range(3)}) == 3
+    assert data.get("cue-064-axis0").title.endswith("cue at 64 voxels along axis 0")
+    assert "cue-064-axis0" not in data.CATALOG
 
 
 def test_classes_are_balanced_at_either_end_and_independent_of_place():

@@ -314,8 +314,17 @@ def test_the_interval_of_one_seed_is_over_cases():
     assert of_one_seed == pytest.approx((-1.2, -0.8))
 
 
-def test_accuracy_is_the_share_of_the_called_voxels_that_is_called_right():
-    key = {"system": "segresmamba", "title": "SegResMamba", "dataset": "cue-032", "seed": 1}
+@pytest.mark.parametrize(
+    ("dataset", "told"),
+    [
+        ("cue-032", ("cue", 2, 32)),
+        ("cue-032-axis1", ("cue", 1, 32)),
+        ("mirror-048", ("mirror", 2, 48)),
+    ],
+)
+def test_accuracy_is_the_share_of_the_called_voxels_that_is_called_right(dataset, told):
+    key = {"system": "segresmamba", "title": "SegResMamba", "dataset": dataset, "seed": 1}
     found = {"sensitivity": [0.5, 0.25], "volume_ref_ml": 4.0, "volume_pred_ml": [4.0, 2.0]}
     (row,) = statistics.cue_accuracy(pd.DataFrame({**key, **found})).to_dict("records")
-    assert (row["distance"], row["accuracy"], row["found"]) == (32, 3 / 6, 6 / 8)
+    assert (row["task"], row["axis"], row["distance"]) == told
+    assert (row["accuracy"], row["found"]) == (3 / 6, 6 / 8)
