@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srlib.scan import ORDERS, Weights, channel_norm, gated, in_triton, mamba_mixers, project
+from srlib.scan import ORDERS, Weights, channel_norm, gated, in_triton, mamba_mixers, project, rates
 from srlib.scan.recompute import Recompute, recomputed
 
 # Suffix of each order's own parameters in the published layout.
@@ -120,7 +120,7 @@ class TriOrientedMamba(nn.Module):
         """Weights of each order's mixer; its A (E, N) is negative, the rate at which the state is forgotten."""
         get, suffixes = self.get_parameter, [SUFFIXES[order] for order in self.scan_orders]
         if self.recurrence:
-            As = (-torch.exp(torch.stack([get(f"A{s}_log") for s in suffixes]))).unbind()
+            As = rates([get(f"A{s}_log") for s in suffixes], self.fused).unbind()
         else:
             D = get(f"D{suffixes[0]}")
             As = (D.new_full((self.d_inner, self.d_state), FORGET),) * len(suffixes)

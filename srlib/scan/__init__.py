@@ -23,11 +23,12 @@ from .mixer import (
     mamba_mixer,
     mamba_mixers,
     project,
+    rates,
     scan_arguments,
 )
 from .operator import BackendState, backends, selective_scan
 
 __all__ = [
     "ORDERS", "BackendState", "Weights", "backends", "channel_norm", "gated", "in_triton", "mamba_mixer",
-    "mamba_mixers", "project", "scan_arguments", "selective_scan", "token_order",
+    "mamba_mixers", "project", "rates", "scan_arguments", "selective_scan", "token_order",
 ]  # fmt: skip

@@ -106,6 +106,13 @@ def in_triton(x: Tensor) -> bool:
     return x.is_cuda and backends()["triton"].available and not triton_mixer.refuses(x)
 
 
+def rates(logs: Sequence[Tensor], fused: bool | None = None) -> Tensor:
+    """The rates A = -exp(log) of several orders, each (E, N): (orders, E, N)."""
+    if fused is not False and in_triton(logs[0]):
+        return triton_mixer.rates(logs[0], [*logs[1:]])
+    return -torch.exp(torch.stack([*logs]))
+
+
 def gated(y: Tensor, z: Tensor) -> Tensor:
     """The gate, y silu(z)."""
     return triton_mixer.silu_gate(y, z) if in_triton(y) else y * F.silu(z)

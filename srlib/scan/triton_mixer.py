@@ -307,6 +307,28 @@ mixers = register(
 )
 
 
+def _launch_rates(logs: Sequence[Tensor], grad: Tensor | None) -> Tensor:
+    out, size = _stacked(logs[0], logs[1:]), logs[0].numel()
+    launch(
+        _kernels().rates, (-(-size // 1024), len(logs)), out, tuple(t.contiguous() for t in logs), grad, out, size,
+        count=len(logs), BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _stacked(log: Tensor, others: Sequence[Tensor]) -> Tensor:
+    return log.new_empty(1 + len(others), *log.shape)
+
+
+# -exp of the logarithms of rates A (E, N) of one order and of others: (orders, E, N).
+rates = register(
+    "rates", "Tensor log, Tensor[] others",
+    lambda log, others, _: _launch_rates([log, *others], None),
+    lambda grad, _, log, others: [*_launch_rates([log, *others], grad.contiguous())],
+    output=_stacked,
+)  # fmt: skip
+
+
 def _launch_gate(kernel: str, tokens: Tensor, *arguments: Any, **more: int) -> None:
     """Launch a kernel of the gate over tokens (B, L, E)."""
     count, channels = tokens[..., 0].numel(), tokens.shape[-1]

@@ -499,6 +499,18 @@ def pack(
             tl.store(x_proj + place, value, both)
 
 
+@triton.jit(do_not_specialize=("size",))
+def rates(logs, grad, out, size, count: tl.constexpr, BLOCK: tl.constexpr):
+    """-exp of `count` tensors of a size, one after the other; with their gradient, that by the logarithms."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for scan in tl.static_range(count):
+        if tl.program_id(1) == scan:
+            value = -tl.exp(tl.load(logs[scan] + at, at < size, 0.0).to(tl.float32))
+            if grad is not None:
+                value *= tl.load(grad + scan * size + at, at < size, 0.0).to(tl.float32)
+            tl.store(out + scan * size + at, value, at < size)
+
+
 @triton.jit(do_not_specialize=("tokens",))
 def sum_blocks(
     parts, rows, tokens, blocks: tl.constexpr, width: tl.constexpr, ROW: tl.constexpr,

@@ -215,7 +215,7 @@ def test_bfloat16_stays_within_its_rounding():
     assert largest_error(found, expected) < 0.05
 
 
-def test_gate_projection_and_norm():
+def test_gate_projection_rates_and_norm():
     torch.manual_seed(4)
 
     def compare(function, exact, *tensors):
@@ -227,6 +227,13 @@ def test_gate_projection_and_norm():
     z = random(2, 5, 6).chunk(2, -1)[0]
     compare(triton_mixer.silu_gate, lambda y, z: y * F.silu(z), random(2, 5, 3), z)
     compare(triton_mixer.project, lambda t, w: (t @ w.mT).mT, random(2, 5, 3), random(4, 3))
+    compare(
+        lambda *logs: triton_mixer.rates(logs[0], [*logs[1:]]),
+        lambda *logs: -torch.stack(logs).exp(),
+        random(3, 4),
+        random(4, 3).mT,
+        random(3, 4),
+    )
     for x in (random(2, 3, 2, 5), random(2, 3, 2, 5).contiguous(memory_format=torch.channels_last)):
         compare(
             lambda x, w, b: triton_mixer.channel_norm(x.flatten(2), w, b, 1e-5, torch.float32),
