@@ -2,6 +2,7 @@
 
 python -m srlib bench scan cpu [--quick]    # results/reference/cpu/scan.csv; nothing else may run
 python -m srlib bench scan gpu              # results/reference/gpu/scan.csv
+python -m srlib bench scan kernels          # results/reference/gpu/kernels.csv
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -29,13 +31,15 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 from srlib import machine
 from srlib.files import REFERENCE
 from srlib.net.costs import process_memory
 from srlib.net.model import FEATURES, SegResMamba
 from srlib.net.tom import TriOrientedMamba
-from srlib.scan import backends, cpu, operator, selective_scan, token_order
+from srlib.scan import backends, cpu, operator, selective_scan, token_order, triton, triton_mixer
 
 Shape = tuple[int, int, int, int]  # B, D, L, N
 Step = Callable[[], Any]
@@ -465,6 +469,147 @@ def rows_of(size: tuple, dtype: torch.dtype, order: str, nslices: int, names: li
             measured = measure_gpu(inputs, grad, expected, name, order, nslices)
             rows += [{"backend": name, **case, "layout": layout, **row} for row in measured]
     return rows
+
+
+# --- The kernels of a ToM layer beside their floors -----------------------------------------------
+
+# Inner maps (B, E, L, N) of the paper's four stages, of an image of 128^3; and the last one of SIZES.
+LAYERS = [(1, 96, 262144, 16), (1, 192, 32768, 16), (1, 384, 4096, 16), (1, 768, 512, 16), SIZES[2]]
+EXPONENTIALS = 16  # an SM and clock: CUDA C++ Programming Guide, arithmetic instructions, 9.0
+# Kernels with an exponential a state, and how many more an element; those with one an element of which argument.
+STATES_IN = {"walk_orders": 1, "carries_of_orders": 1, "gradients_of_orders": 2}
+ONE_OF = {"rates": 2, "convolve": 2, "join": 0, "gate": 0, "gate_backward": 0, "through_silu": 2}
+Kernel = tuple[str, str]  # pass and name
+
+
+@app.command()
+def kernels(out: Path = REFERENCE / "gpu" / "kernels.csv", repeats: int = 10) -> None:
+    """Time every Triton kernel of a ToM layer on this GPU, beside what it must take at least.
+
+    `us`: of the `launches` of a pass together, by torch's profiler, the mean of some passes, caches overwritten before
+    each; `bytes`, `exponentials`: see `kernel_counts`; `floor_us`: the larger of the bytes at the bandwidth of a large
+    copy and the exponentials at 16 an SM and clock, at the board's highest clock (`mhz`).
+    """
+    import pynvml
+
+    pynvml.nvmlInit()
+    board = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    mhz = pynvml.nvmlDeviceGetMaxClockInfo(board, pynvml.NVML_CLOCK_SM)
+    bandwidth = copy_bandwidth()
+    rate = EXPONENTIALS * torch.cuda.get_device_properties().multi_processor_count * mhz * 1e6
+    rows = []
+    for size, dtype in itertools.product(LAYERS, (torch.float32, torch.bfloat16)):
+        case = dict(zip(("batch", "channels", "length", "states"), size, strict=True))
+        case |= {"dtype": str(dtype).removeprefix("torch.")}
+        counts, times = kernel_counts(size, dtype), kernel_times(size, dtype, repeats)
+        for kernel, of in counts.items():
+            floor = max(of["bytes"] / bandwidth, of["exponentials"] / rate)
+            key = dict(zip(("pass", "kernel"), kernel, strict=True))
+            rows.append({**case, **key, **of, "floor_us": 1e6 * floor, "us": times[kernel]})
+    table = pd.DataFrame(rows)
+    print(table.to_string(index=False, float_format="%.4g"))
+    machine.write_table(table.assign(copy_tb_per_s=bandwidth / 1e12, mhz=mhz), out)
+
+
+def layer_passes(size: Shape, dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
+    """Both passes of a ToM layer of three orders by its Triton kernels and the mixers' matrix products."""
+    batch, channels, length, states = size
+    width, rank, names = channels // 2, -(-channels // 32), ",".join(name for name, _ in ORDERS)
+    slices = round(length ** (1 / 3))
+
+    def random(*shape: int, **options: Any) -> Tensor:
+        return torch.randn(shape, device=device, **options) / 8
+
+    x, z = random(batch, length, 2 * channels, dtype=dtype).chunk(2, -1)
+    norm = random(batch, width, length, dtype=dtype), random(width), random(width), 1e-5, dtype
+    shapes = [(channels, 4), (channels,), (rank + 2 * states, channels), (channels, rank)]
+    first = [random(*shape) for shape in (*shapes, (channels,)) for _ in ORDERS]
+    logs, Ds = [random(channels, states) for _ in ORDERS], [random(channels) for _ in ORDERS]
+    mixed = x, [*first, *(-log.exp() for log in logs), *Ds], names, slices
+    room = x.new_empty(triton_mixer._states_shape(*mixed), dtype=torch.float32)
+    y, grad = torch.empty_like(x), random(batch, length, channels, dtype=dtype)
+
+    def forward() -> None:
+        triton_mixer._norm(*norm, room)
+        triton_mixer._launch_rates(logs, None)
+        triton_mixer._forward(*mixed, room)
+        triton_mixer._gate(y, z, room)
+
+    def backward() -> None:
+        triton_mixer._gate_backward(grad, room, y, z)
+        triton_mixer._backward(grad, room, *mixed)
+        triton_mixer._launch_rates(logs, random(len(logs), channels, states))
+        triton_mixer._norm_backward(grad.view(batch, 2 * length, width)[:, :length], room, *norm)
+
+    return {"forward": forward, "backward": backward}
+
+
+def kernel_counts(size: Shape, dtype: torch.dtype) -> dict[Kernel, Counter[str]]:
+    """What each Triton kernel of a ToM layer (B, E, L, N) does in a pass, from the sizes of what it is launched with.
+
+    Returns:
+        By pass and kernel, launches, bytes and exponentials. Bytes: each tensor of a launch, or the part of it that is
+        used, once where it is read and once where it is written, however often that is. Exponentials: one a decay, a
+        step size and a sigmoid.
+    """
+    launched: list[tuple[str, dict[str, int]]] = []
+    found: defaultdict[Kernel, Counter[str]] = defaultdict(Counter)
+
+    def record(kernel: str, _: object, __: Tensor, *given: Any, **more: Any) -> None:
+        tensors = [t for a in given for t in (a if isinstance(a, tuple) else (a,))]
+        nbytes = [t.nbytes if isinstance(t, Tensor) else 0 for t in tensors]
+        moved, exponentials = sum(nbytes), _exponentials(kernel, given, size[3])
+        if kernel in STATES_IN:  # of the rows that x_proj yields B, and but for the first walk C
+            used = size[3] if kernel == "walk_orders" and given[6] is None else 2 * size[3]
+            moved -= nbytes[2] // more["ROW"] * (more["ROW"] - used)
+        if kernel == "gradients_of_orders":  # delta's gradient takes its place; dC is there already
+            moved += nbytes[1] - nbytes[10] // 2
+        if kernel == "through_silu":  # in place
+            moved += nbytes[2]
+        launched.append((kernel, {"launches": 1, "bytes": moved, "exponentials": exponentials}))
+
+    class Names:  # in place of the kernels, which want Triton
+        def __getattr__(self, kernel: str) -> str:
+            return kernel
+
+    with FakeTensorMode(), ExitStack() as patches:
+        for module in (triton, triton_mixer):
+            patches.enter_context(patch.object(module, "launch", record))
+            patches.enter_context(patch.object(module, "_kernels", Names))
+        for name, run in layer_passes(size, dtype, "cpu").items():
+            run()
+            while launched:
+                kernel, numbers = launched.pop(0)
+                found[name, kernel].update(numbers)
+    return found
+
+
+def _exponentials(kernel: str, given: tuple, states: int) -> int:
+    """Those of a launch with these arguments."""
+    if kernel in STATES_IN:
+        return given[0].numel() * (states + STATES_IN[kernel])
+    if kernel not in ONE_OF or (kernel == "gate" and given[1] is None):  # the sum over orders
+        return 0
+    return given[ONE_OF[kernel]].numel()
+
+
+def kernel_times(size: Shape, dtype: torch.dtype, repeats: int) -> dict[Kernel, float]:
+    """Microseconds of each Triton kernel of a ToM layer in a pass, by their names."""
+    overwritten = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    found: defaultdict[Kernel, float] = defaultdict(float)
+    passes = layer_passes(size, dtype, "cuda")
+    for run in passes.values():
+        run()  # compiles
+    for name, run in passes.items():
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            for _ in range(repeats):
+                overwritten.zero_()
+                run()
+            torch.cuda.synchronize()
+        for event in profiled.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                found[name, event.name] += event.device_time / repeats
+    return dict(found)
 
 
 if __name__ == "__main__":

@@ -126,3 +126,31 @@ def test_several_processes_are_compared_with_one(tmp_path, monkeypatch):
     assert table["speedup"].dropna().tolist() == [1, 1.5]
     assert table["loss_difference"].dropna().tolist() == pytest.approx([0, 0.5])
     assert len(table["first_losses"][1].split()) == 2
+
+
+def test_bytes_and_exponentials_of_kernels_are_counted_from_their_launches():
+    """Two images of 27 tokens, 32 with whole tiles, in 2 chunks; 3 orders; 64 channels in 2 blocks; 16 states."""
+    counts = benchmark("scan").kernel_counts((2, 64, 27, 16), torch.float32)
+    x, sequence, rates, vector = 2 * 27 * 64 * 4, 3 * 2 * 32 * 64 * 4, 3 * 16 * 64 * 4, 3 * 64 * 4
+    weights, totals, elements = 3 * 2 * 32 * 16 * 4, 3 * 2 * 2 * 64 * 4, 3 * 2 * 32 * 64
+    states, tiles = 16 * totals, 3 * 2 * 4 * 16 * 64 * 4
+    for kernel, launches, moved, exponentials in (
+        ("forward convolve", 1, x + sequence + 5 * vector, elements),
+        ("forward join", 1, 2 * states + totals + rates, 16 * 3 * 2 * 2 * 64),
+        (
+            "forward walk_orders",
+            2,
+            4 * sequence + 3 * weights + 2 * rates + 4 * vector + 2 * states + totals + 3 * x,
+            2 * 17 * elements,
+        ),
+        (
+            "backward gradients_of_orders",
+            1,
+            2 * sequence + 2 * weights + x + rates + 2 * vector + tiles + states  # read
+            + 2 * sequence + 2 * weights + 18 * totals,  # written, the gradient by B for both blocks
+            18 * elements,
+        ),
+        ("backward rates", 1, 3 * rates, 3 * 16 * 64),
+    ):  # fmt: skip
+        expected = {"launches": launches, "bytes": moved, "exponentials": exponentials}
+        assert counts[tuple(kernel.split())] == expected, kernel
