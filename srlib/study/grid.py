@@ -7,10 +7,10 @@ and `runs.jsonl`, what each was and what it was computed with. Notebooks read th
 What is run, and how it is judged, is written down in docs/plan.md before the first run; the grids are its lists.
 Fold 0 is for development, learning rates are searched on it; verdicts rest on the folds 1 to 4.
 
-Two budgets are never mixed. At *equal steps* each system takes the same number of optimizer steps. At *equal time*
-a system takes as many as fit into the time that SegResMamba's take on a GPU, by the milliseconds a captured step that
-`results/reference/gpu/small.csv` holds (`python -m srlib bench step small`). Steps are the budget in both, so a run may
-be computed on any device.
+Budgets are never mixed. At *equal steps* each system takes the same number of optimizer steps. At *equal time*
+a system takes as many as fit into the time that SegResMamba's take on a GPU, or (`curve`) into so many seconds of it,
+by the milliseconds a captured step that `results/reference/gpu/small.csv` holds (`python -m srlib bench step small`).
+Steps are the budget in all of them, so a run may be computed on any device.
 
 Runs are computed by any `concurrent.futures.Executor`: processes of this machine, workers of Dask, jobs of SLURM;
 docs/scale-out.md says how, and what becomes of a run whose worker dies.
@@ -49,7 +49,7 @@ from tqdm.auto import tqdm
 
 from srlib import files as paths
 from srlib import machine, tables
-from srlib.data import cue
+from srlib.data import cue, mirror
 from srlib.net.peers import SMALL
 from srlib.run.evaluate import evaluate
 from srlib.run.runs import RunConfig, config_for, run_dir
@@ -66,6 +66,13 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_RATES = slice(2, 6)  # the search goes on beyond these where an end is the best
 CUE_RATE = 2e-3
 CUE_STEPS = 800
+# Seconds of a GPU alone; the longest first, so that runs which share it end together.
+SECONDS = (240, 120, 60, 30, 15)
+EPOCHS = 200  # of the authors, of the 208 cases that a fold trains on
+AUTHORS = {"recipe": "authors", "learning_rate": 1e-4, "weight_decay": 1e-5, "warmup": 0.0}
+AUTHORS |= {"batch_size": 4, "steps": EPOCHS * 208 // 4}
+MIRROR = {"steps": 3000, "batch_size": 4}
+CUE = {"steps": 2000, "batch_size": 8}
 
 
 class System(NamedTuple):
@@ -93,15 +100,25 @@ SYSTEMS: dict[str, System] = {
     "neither": System(
         "SegMamba's block, no extra convolution", {"block": "segmamba", "extra_conv": False}
     ),
+    "released": System("released variant", {"variant": "released"}),
     **{name: System(peer.title, {"model": name}) for name, peer in SMALL.items()},
 }
 TOM = ("segresmamba", "none", "conv")
 CUE_SYSTEMS = (*TOM, "no_recurrence")
+CURVE = (*TOM, "nnunet", "segresnet", "segmamba")
+BY_AUTHORS = ("segresmamba", "released", "none")
+FAR = ("segresmamba", "forward_reverse", "forward", "no_recurrence", "none", "conv")
 PARTS = ("no_extra_conv", "segmamba_block", "neither")  # what table 4 leaves out
-ABLATIONS = tuple(name for name in SYSTEMS if name not in (*TOM, *SMALL))
+ABLATIONS = tuple(name for name in SYSTEMS if name not in (*TOM, "released", *SMALL))
 # Searched for are the rates of these; each other system takes its nearest kin's.
 SEARCHED = ("segresmamba", "none", "unet", "unetr")
-KIN = {"conv": "none", "swin_unetr": "unetr", "nnunet": "unet", "segresnet": "unet"}
+KIN = {
+    "conv": "none",
+    "released": "none",
+    "swin_unetr": "unetr",
+    "nnunet": "unet",
+    "segresnet": "unet",
+}
 
 
 class Planned(NamedTuple):
@@ -141,7 +158,7 @@ def _search_of(system: str) -> tuple[list[Planned], float | None]:
 
 
 def _cue() -> Iterator[Planned]:
-    """The diagnostic task: whole volumes as they are, one learning rate for all."""
+    """The diagnostic task by a former recipe; its runs are all there. `distance` asks the question anew."""
     for seed, (dataset, recipe), system in product(SEEDS, cue.RECIPES.items(), CUE_SYSTEMS):
         settings = {"steps": CUE_STEPS, "learning_rate": CUE_RATE, "augment": False}
         config = config_of(system, dataset, seed=seed, patch_size=recipe.shape, **settings)
@@ -169,6 +186,31 @@ def _at_equal_time() -> Iterator[Planned]:
         yield Planned(_of_plan(system, fold, 0, **settings), round(budget / 60_000, 2))
 
 
+def _curve() -> Iterator[Planned]:
+    """Runs of as many steps as fit into so many seconds on a GPU alone."""
+    step, rates = gpu_steps()["captured_ms"], learning_rates()
+    for seconds, fold, system in product(SECONDS, FOLDS, CURVE):
+        settings = {"learning_rate": rates[system], "steps": round(1000 * seconds / step[system])}
+        yield Planned(_of_plan(system, fold, 0, **settings), seconds / 60)
+
+
+def _authors() -> Iterator[Planned]:
+    """The recipe of the paper's authors, as long as theirs."""
+    for fold, system in product(FOLDS, BY_AUTHORS):
+        yield Planned(_of_plan(system, fold, 0, **AUTHORS), nan)
+
+
+def _distance() -> Iterator[Planned]:
+    """The diagnostic tasks: whole volumes as they are, the mark along each axis, and hippocampi with a far mark."""
+    rates = learning_rates()
+    along = {name: cue.RECIPES[name] for name in ("cue-016", "cue-032", "cue-064")} | cue.TURNED
+    tasks = [(name, recipe.size, MIRROR) for name, recipe in mirror.RECIPES.items()]
+    tasks += [(name, recipe.size, CUE) for name, recipe in along.items()]
+    for seed, (name, size, budget), system in product(SEEDS, tasks, FAR):
+        settings = {"learning_rate": rates[system], "augment": False, **budget}
+        yield Planned(config_of(system, name, seed=seed, patch_size=size, **settings), nan)
+
+
 # The runs of each grid; those that share STEPS are EQUAL_STEPS.
 GRIDS: dict[str, Callable[[], Iterable[Planned]]] = {
     "rates": _search,
@@ -178,6 +220,9 @@ GRIDS: dict[str, Callable[[], Iterable[Planned]]] = {
     "seeds": _further_seeds,
     "ablations": lambda: _at_equal_steps(ABLATIONS),
     "time": _at_equal_time,
+    "curve": _curve,
+    "authors": _authors,
+    "distance": _distance,
     "cue": _cue,
 }
 EQUAL_STEPS = ("tom", "peers", "parts", "seeds", "ablations")
@@ -254,9 +299,12 @@ COLUMNS = ("case", "class", "dice", "nsd", "hd95", "sensitivity", "volume_ref_ml
 
 
 def run_name(config: RunConfig) -> str:
-    """The name of a run in the files, such as `segresmamba-fold0-seed1-1800-steps-2e-03`."""
+    """The name of a run in the files, such as `segresmamba-fold0-seed1-1800-steps-2e-03`, and of another recipe."""
     rate = f"{config.learning_rate:.0e}"
-    return f"{config.system}-fold{config.fold}-seed{config.seed}-{config.steps}-steps-{rate}"
+    recipe = "" if config.recipe == "default" else f"-{config.recipe}"
+    return (
+        f"{config.system}-fold{config.fold}-seed{config.seed}-{config.steps}-steps-{rate}{recipe}"
+    )
 
 
 class Kept(NamedTuple):

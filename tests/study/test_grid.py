@@ -20,8 +20,10 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from srlib import files
+from srlib import data, files
 from srlib.cli import app
+from srlib.data import cue, mirror
+from srlib.data.catalog import maker
 from srlib.run import train
 from srlib.run.runs import RunConfig, run_id
 from srlib.show import plots
@@ -82,10 +84,11 @@ class Here(Executor):
 
 
 def in_the_plan() -> pd.DataFrame:
-    """The table of runs in docs/plan.md."""
+    """The tables of runs in docs/plan.md, the first plan's and the second one's."""
     lines = (files.ROOT / "docs" / "plan.md").read_text().splitlines()
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
-    return pd.DataFrame(rows[2:], columns=rows[0]).set_index("grid")
+    table = pd.DataFrame(rows, columns=rows[0]).set_index("grid")
+    return table.drop(index=["grid", "---"])
 
 
 def dotted(number: float) -> str:
@@ -107,7 +110,8 @@ def test_grids_hold_different_runs_with_names_of_their_own(name):
     assert len(configs) == len(set(configs)) == len(names)
     if name in in_the_plan().index:
         assert len(configs) == int(in_the_plan().loc[name, "runs"])
-        assert {config.fold for config in configs} == {1, 2, 3, 4}
+        folds = {"1 to 4": {1, 2, 3, 4}, "0": {0}}[in_the_plan()["folds"][name]]
+        assert {config.fold for config in configs} == folds
         assert {*map(str, {c.seed for c in configs})} == {*in_the_plan()["seeds"][name].split(", ")}
     elif name == "rates":
         assert len(configs) == 4 * 4 + 2  # unetr's first end, then the one beyond it
@@ -119,6 +123,7 @@ def test_grids_hold_different_runs_with_names_of_their_own(name):
 def test_the_plan_says_what_the_code_does():
     assert in_the_plan().index.tolist() == [n for n in grid.GRIDS if n not in ("rates", "cue")]
     text = " ".join((files.ROOT / "docs" / "plan.md").read_text().split())
+    text, _ = text.split("# The second plan")
     recipe = f"{grid.STEPS:,} steps of {grid.BATCH} patches of {' x '.join(map(str, grid.PATCH))}"
     assert recipe in text
     first = ", ".join(map(dotted, grid.RATES[grid.FIRST_RATES]))
@@ -128,6 +133,54 @@ def test_the_plan_says_what_the_code_does():
     assert f"over {config.warmup:.0%} of the steps".replace("%", " %") in text
     assert f"weight decay {config.weight_decay:g}".replace("0.", ".") in text
     assert f"norm of {train.CLIP:g}" in text
+
+
+def test_the_second_plan_says_what_the_code_does(reference):
+    text = " ".join((files.ROOT / "docs" / "plan.md").read_text().split())
+    _, text = text.split("# The second plan")
+    *seconds, last = (f"{seconds}" for seconds in grid.SECONDS)
+    assert f"{', '.join(seconds)} and {last} s of a GPU alone" in text
+    theirs = grid.configs("authors")[0]
+    assert f"Adam at {dotted(theirs.learning_rate)}, weight decay .00001," in text
+    assert theirs.weight_decay == 0.00001
+    assert (
+        f"{grid.EPOCHS} epochs of 208 cases: {theirs.steps:,} steps of {theirs.batch_size}" in text
+    )
+    for task, module, axes in (("cue", cue, "axis 0, 1 or 2"), ("mirror", mirror, "axis 2")):
+        configs = [c for c in grid.configs("distance") if c.dataset.startswith(task)]
+        (budget,) = {(c.steps, c.batch_size) for c in configs}
+        assert "{:,} steps of {} whole".format(*budget) in text
+        recipes = {maker(data.get(config.dataset)) for config in configs}
+        assert {of for of, _ in recipes} == {module}
+        *near, far = sorted({recipe.distance for _, recipe in recipes})
+        words = (f"{', '.join(map(str, near))} {and_or} {far} voxels" for and_or in ("and", "or"))
+        assert any(found in text for found in words)
+        assert f"away along {axes}" in text
+        assert len(recipes) == 3 * (3 if task == "cue" else 1)
+
+
+def test_the_curve_is_steps_by_measured_milliseconds(reference):
+    write_steps(reference, segmamba=40.0)
+    plan = grid.planned("curve")
+    of = {run.config.steps: run.minutes for run in plan if run.config.system == "segmamba"}
+    assert of == {6000: 4.0, 3000: 2.0, 1500: 1.0, 750: 0.5, 375: 0.25}
+    assert {run.config.steps for run in plan if run.config.system == "conv"} == {
+        1500, 3000, 6000, 12000, 24000,
+    }  # fmt: skip
+
+
+def test_runs_by_the_authors_recipe_have_names_of_their_own():
+    names = {grid.run_name(config) for config in grid.configs("authors")}
+    assert "released-fold1-seed0-10400-steps-1e-04-authors" in names
+    assert all(config.patch_size == grid.PATCH for config in grid.configs("authors"))
+
+
+def test_volumes_of_the_diagnostic_tasks_are_trained_on_whole():
+    for config in grid.configs("distance"):
+        _, recipe = maker(data.get(config.dataset))
+        assert config.patch_size == recipe.size
+        assert not config.augment
+        assert config.recipe == "default"
 
 
 def test_the_search_goes_on_until_its_ends_lose():
@@ -164,9 +217,9 @@ def test_runs_that_all_diverged_are_read(reference):
 
 def test_the_search_decides_the_learning_rate():
     rates = grid.learning_rates()
-    assert rates == dict.fromkeys(grid.SYSTEMS, 3e-3) | dict.fromkeys(("none", "conv"), 1e-2) | (
-        dict.fromkeys(("unetr", "swin_unetr"), 3e-4)
-    )
+    assert rates == dict.fromkeys(grid.SYSTEMS, 3e-3) | dict.fromkeys(
+        ("none", "conv", "released"), 1e-2
+    ) | (dict.fromkeys(("unetr", "swin_unetr"), 3e-4))
     assert all(c.learning_rate == rates[c.system] for c in grid.configs("tom"))
     records = files.REFERENCE / "hippocampus" / "runs.jsonl"
     records.write_text("".join(records.read_text().splitlines(keepends=True)[1:]))

@@ -33,6 +33,14 @@ def test_what_is_said_to_fit_was_counted_to_fit(tables):
     assert peaks["segresmamba", "bf16", 160] <= 3
 
 
+def test_the_second_plan_says_what_its_steps_take(tables):
+    text = " ".join((ROOT / "docs" / "plan.md").read_text().split())
+    seconds = {name: 3600 * hours for name, hours in tables.cost()["GPU hours"].items()}
+    assert f"the steps of `curve` take {round(seconds['curve'], -2):,.0f} s" in text
+    assert f"`authors` take {round(seconds['authors'], -2):,.0f} s" in text
+    assert f"`distance` {round(seconds['distance'], -2):,.0f} s" in text
+
+
 def test_the_cost_is_steps_by_milliseconds(tables):
     step = grid.gpu_steps()["captured_ms"][[*grid.TOM]]
     row = tables.cost().loc["tom"]
