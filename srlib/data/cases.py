@@ -99,7 +99,7 @@ class Dataset:
         Five folds, or as many as there are cases: the cases in the order of the SHA-256 of
         "seed/name/id", dealt out in turn; the rule depends on no random generator's version. The name of
         a folder is left out, so that its folds stay when it moves. A virtual data set has one split, its
-        first cases (24 subjects of the cohort, 128 or 256 volumes of a diagnostic task) against the rest, as fold 0.
+        first cases against the last (8 subjects of the cohort, 32 volumes of a diagnostic task), as fold 0.
 
         Raises:
             ValueError: for a fold that the data set does not have, naming those it has.
@@ -109,7 +109,7 @@ class Dataset:
         if fold not in folds:
             raise ValueError(f"data set {entry.name!r} has the folds {list(folds)}, got {fold!r}")
         if entry.virtual:
-            test = set(ids[maker(entry)[0].TRAINING :])
+            test = set(ids[-maker(entry)[0].HELD_OUT :])
         else:
             of = entry.name if entry.name in CATALOG else "folder"
             keys = {i: hashlib.sha256(f"{FOLD_SEED}/{of}/{i}".encode()).digest() for i in ids}

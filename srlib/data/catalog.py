@@ -24,7 +24,7 @@ from srlib.files import DataError, cache_dir, data_roots, make_visible
 
 MEAN = "mean of classes"  # in tables, the mean over the classes of a case; no class has this name
 TASKS_OF: dict[str, Mapping[str, Any]] = {
-    "cue": cue.RECIPES | cue.TURNED,
+    "cue": cue.RECIPES | cue.ALONG,
     "mirror": mirror.RECIPES,
 }
 STALLED = 120.0  # seconds without a byte, after which a download is given up
@@ -140,20 +140,20 @@ def _entries() -> Iterator[Entry]:
     for name, fields in stated.items():
         for task, recipe in TASKS_OF.get(name, {name: None}).items():
             title = fields["title"].format(distance=recipe.distance) if recipe else fields["title"]
-            if task in cue.TURNED:
-                title += f" along axis {cue.TURNED[task].axis}"
+            if task in cue.ALONG:
+                title += f" along axis {cue.ALONG[task].axis}"
             yield Entry(task, **tuples(fields) | {"title": title})
 
 
 CATALOG: dict[str, Entry] = {entry.name: entry for entry in _entries()}
 # Lists leave out what only the grid `distance` asks for: opening it builds it, which takes up to a minute.
-TASKS = {name: CATALOG.pop(name) for name in (*cue.TURNED, *mirror.RECIPES)}
+TASKS = {name: CATALOG.pop(name) for name in (*cue.ALONG, *mirror.RECIPES)}
 KNOWN = ChainMap(CATALOG, TASKS)
 
 
 def maker(entry: Entry) -> tuple[Any, Any]:
     """The module that makes a virtual data set, and its recipe."""
-    for module, recipes in ((cue, cue.RECIPES | cue.TURNED), (mirror, mirror.RECIPES)):
+    for module, recipes in ((cue, cue.RECIPES | cue.ALONG), (mirror, mirror.RECIPES)):
         if entry.name in recipes:
             return module, recipes[entry.name]
     return virtual, virtual.RECIPE

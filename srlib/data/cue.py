@@ -3,8 +3,8 @@
 A synthetic task, made to ask one question: over which distance does a network carry information? A volume holds
 16 rows along its last axis, the one that the forward and the reverse scan follow. Each row has one target, a small
 cube, the same for both classes, near one end of the volume; towards the middle, exactly `distance` voxels away, lies
-the row's cue. A bright cue makes its target class A, a dark one class B. `cue-016-axis0` and the like are the same
-volumes, turned so that the rows lie along another axis.
+the row's cue. A bright cue makes its target class A, a dark one class B. `cue-016-axis0` to `cue-064-axis2` are such
+volumes, too, and more of them, turned so that the rows lie along that axis.
 
 No shorter way leads to the class, by construction:
 
@@ -36,7 +36,7 @@ from srlib.files import cached_folder
 
 CLASSES = ("A", "B")
 DISTANCES = (4, 8, 16, 32, 48, 64)
-TRAINING = 128  # the other volumes are held out
+HELD_OUT = 32  # the last volumes
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,10 @@ class Recipe:
 
 
 RECIPES = {f"cue-{distance:03d}": Recipe(distance) for distance in DISTANCES}
-TURNED = {
-    f"cue-{distance:03d}-axis{axis}": Recipe(distance, axis=axis)
-    for axis, distance in product((0, 1), (16, 32, 64))
+# More of them, so that the rule is easier to learn than the volumes by heart.
+ALONG = {
+    f"cue-{distance:03d}-axis{axis}": Recipe(distance, axis=axis, volumes=544)
+    for axis, distance in product(range(3), (16, 32, 64))
 }
 
 

@@ -49,7 +49,7 @@ SOURCE, FOLD = "hippocampus", 1
 CLASSES = ("A", "B")
 DISTANCES = (8, 24, 48)
 SPACING = 2.0  # mm
-TRAINING = 256  # the other volumes are held out
+HELD_OUT = 32  # the last volumes
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Recipe:
     """Everything a volume depends on besides its number and the cases. Lengths in voxels, intensities as z-scores."""
 
     distance: int
-    volumes: int = 288
+    volumes: int = 544
     lane: tuple[int, int] = (24, 32)  # across; a crop has at most 22 x 30 x 24
     length: int = 80
     mark: tuple[int, int, int] = (4, 4, 4)
@@ -181,7 +181,9 @@ def _volumes(
 ) -> Iterator[tuple[NDArray[np.int16], NDArray[np.uint8]]]:
     training, held_out = ([_crop(source, i) for i in ids] for ids in source.split(FOLD))
     for number in range(recipe.volumes):
-        yield make_volume(number, recipe, training if number < TRAINING else held_out)
+        yield make_volume(
+            number, recipe, training if number < recipe.volumes - HELD_OUT else held_out
+        )
 
 
 def _crop(source: Dataset, case_id: str) -> Crop:

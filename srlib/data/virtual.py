@@ -29,7 +29,7 @@ from srlib.files import cached_folder
 
 CLASSES = ("grey matter", "white matter")
 TEMPLATE_FILES = [f"mni_icbm152_{t}_tal_nlin_sym_09a_converted.nii.gz" for t in ("t1", "gm", "wm")]
-TRAINING = 24  # subjects; the others are held out
+HELD_OUT = 8  # the last subjects
 BRAIN_CENTRE = (0.0, -17.0, 5.0)  # MNI coordinates, mm: the middle of each subject's grid
 
 

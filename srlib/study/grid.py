@@ -203,9 +203,8 @@ def _authors() -> Iterator[Planned]:
 def _distance() -> Iterator[Planned]:
     """The diagnostic tasks: whole volumes as they are, the mark along each axis, and hippocampi with a far mark."""
     rates = learning_rates()
-    along = {name: cue.RECIPES[name] for name in ("cue-016", "cue-032", "cue-064")} | cue.TURNED
     tasks = [(name, recipe.size, MIRROR) for name, recipe in mirror.RECIPES.items()]
-    tasks += [(name, recipe.size, CUE) for name, recipe in along.items()]
+    tasks += [(name, recipe.size, CUE) for name, recipe in cue.ALONG.items()]
     for seed, (name, size, budget), system in product(SEEDS, tasks, FAR):
         settings = {"learning_rate": rates[system], "augment": False, **budget}
         yield Planned(config_of(system, name, seed=seed, patch_size=size, **settings), nan)

@@ -14,7 +14,7 @@ NEAR, FAR = Recipe(4), Recipe(64)
 VOLUMES = range(40)
 
 
-@pytest.mark.parametrize("recipe", (RECIPES | cue.TURNED).values(), ids=[*RECIPES, *cue.TURNED])
+@pytest.mark.parametrize("recipe", (RECIPES | cue.ALONG).values(), ids=RECIPES | cue.ALONG)
 def test_each_target_has_its_cue_at_exactly_that_distance_in_its_row(recipe):
     volume = cue.make_volume(3, dataclasses.replace(recipe, noise=0.0))
     assert volume[0].shape == recipe.size
@@ -47,11 +47,11 @@ def test_a_volume_is_the_same_for_every_distance_but_for_the_cues():
 
 def test_along_another_axis_it_is_the_same_volume_turned():
     image, label = cue.make_volume(7, Recipe(32))
-    for axis in (0, 1):
-        turned, labels = cue.make_volume(7, cue.TURNED[f"cue-032-axis{axis}"])
+    for axis in range(3):
+        turned, labels = cue.make_volume(7, cue.ALONG[f"cue-032-axis{axis}"])
         np.testing.assert_array_equal(np.moveaxis(turned, axis, 2), image)
         np.testing.assert_array_equal(np.moveaxis(labels, axis, 2), label)
-    assert cue.TURNED["cue-032-axis1"].size == (24, 96, 24)
+    assert cue.ALONG["cue-032-axis1"].size == (24, 96, 24)
 
 
 def test_the_axis_names_other_data_and_leaves_the_names_of_the_first():
@@ -101,7 +101,7 @@ def test_preprocessing_keeps_the_marks_apart_from_noise_and_targets():
 def test_the_registry_builds_it_once_and_trains_on_one_split(tmp_path, monkeypatch):
     monkeypatch.setenv("SRLIB_CACHE", str(tmp_path))
     monkeypatch.setitem(cue.RECIPES, "cue-008", Recipe(8, volumes=3))
-    monkeypatch.setattr(cue, "TRAINING", 2)
+    monkeypatch.setattr(cue, "HELD_OUT", 1)
     data.open("cue-008").check()
     assert data.open("cue-008").split() == (("volume_001", "volume_002"), ("volume_003",))
     case = data.open("cue-008").load("volume_003")

@@ -101,7 +101,7 @@ def test_it_is_built_from_hippocampus_once(tmp_path, monkeypatch):
     about = ("case_{:02d}", cases, ("anterior", "posterior"), np.eye(4), {"modality": {"0": "MRI"}})
     virtual.write_task(folder, *about)
     monkeypatch.setitem(mirror.RECIPES, "mirror-024", Recipe(24, volumes=3))
-    monkeypatch.setattr(mirror, "TRAINING", 2)
+    monkeypatch.setattr(mirror, "HELD_OUT", 1)
     built = data.open("mirror-024")
     built.check()
     assert built.split() == (("volume_001", "volume_002"), ("volume_003",))

@@ -157,6 +157,10 @@ def test_the_second_plan_says_what_the_code_does(reference):
         assert any(found in text for found in words)
         assert f"away along {axes}" in text
         assert len(recipes) == 3 * (3 if task == "cue" else 1)
+        (volumes,) = {recipe.volumes for _, recipe in recipes}
+        assert (
+            f"{volumes - module.HELD_OUT} training volumes a task, {module.HELD_OUT} held" in text
+        )
 
 
 def test_the_curve_is_steps_by_measured_milliseconds(reference):
