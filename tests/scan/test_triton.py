@@ -62,6 +62,18 @@ def assert_close(results: tuple[dict, dict], tolerance: float) -> None:
         assert error <= allowed, f"{name}: error {error:.2g}, allowed {allowed:.2g}"
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_variants_that_may_be_faster(monkeypatch, order):
+    for module in (back_end, triton_mixer):
+        monkeypatch.setattr(module, "TILE", 4)
+    monkeypatch.setattr(back_end, "BUTTERFLY", True)
+    monkeypatch.setattr(back_end, "AHEAD", True)
+    torch.manual_seed(7)
+    assert_close(found_and_expected(inputs_of(2, 33, 7, 2, optional=()), order, 3), 3e-6)
+    tensors, grad = random_mixers(2, 5, 33, 1), torch.randn(2, 5, 33, device=DEVICE)
+    assert largest_error(*results(tensors, [order], 3, grad)) < 5e-6
+
+
 # 11 tokens: 4 slices of 3, the last of 2; or 6 of 2, the last of 1
 @pytest.mark.parametrize(
     ("order", "nslices"), [("forward", 1), ("reverse", 1), ("inter_slice", 4), ("inter_slice", 8)]
