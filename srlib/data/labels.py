@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,9 +128,14 @@ def loss_function(entry: Entry, authors: bool = False) -> Callable[[Tensor, Tens
     from monai.losses import DiceCELoss, DiceLoss
 
     if authors:
-        dice = DiceLoss(sigmoid=True, squared_pred=True, smooth_nr=0, smooth_dr=1e-5)
-        members = entry.members if entry.regions else ((0,), *entry.members)
-        return lambda outputs, labels: dice(outputs, class_masks(labels, members).to(outputs))
+        options: dict[str, Any] = {"sigmoid": True, "squared_pred": True}
+        options |= {"smooth_nr": 0, "smooth_dr": 1e-5}
+        if not entry.regions:
+            return DiceLoss(to_onehot_y=True, **options)
+        theirs = DiceLoss(**options)
+        return lambda outputs, labels: theirs(
+            outputs, class_masks(labels, entry.members).to(outputs)
+        )
     if not entry.regions:
         return DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
     dice = DiceLoss(sigmoid=True)

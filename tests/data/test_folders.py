@@ -436,13 +436,13 @@ def test_regions_are_trained_by_sigmoid_and_evaluated_as_they_overlap(places):
     assert reference["whole tumour"] > reference["tumour core"] > reference["enhancing tumour"] > 0
 
 
-def test_the_loss_of_regions_falls_as_each_mask_is_met():
+@pytest.mark.parametrize("authors", [False, True])
+def test_the_loss_of_regions_falls_as_each_mask_is_met(authors):
     entry = data.get("brats")
     label = torch.randint(0, 4, (2, 1, 6, 5, 4))
     masks = labels.class_masks(label, entry.members).float()
-    losses = [
-        float(labels.loss_function(entry)((2 * masks - 1) * k, label)) for k in (-5, 0, 1, 20)
-    ]
+    loss = labels.loss_function(entry, authors)
+    losses = [float(loss((2 * masks - 1) * k, label)) for k in (-5, 0, 1, 20)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 1e-3
 

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import torch
 from monai.losses import DiceLoss
-from monai.networks import one_hot
 from safetensors.torch import load_file
 
 from srlib import data
@@ -149,13 +148,12 @@ def test_the_authors_recipe_is_that_of_their_script(results, in_float64):
     cases, network = dataset.split().train, train.build_model(config).double()
     adam = torch.optim.Adam(network.parameters(), 1e-4, weight_decay=1e-5)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=config.steps)
-    dice = DiceLoss(smooth_nr=0, smooth_dr=1e-5, squared_pred=True, sigmoid=True)
+    dice = DiceLoss(smooth_nr=0, smooth_dr=1e-5, squared_pred=True, to_onehot_y=True, sigmoid=True)
     budget = (config.patch_size, config.batch_size, config.steps, config.seed)
     samples = data.TrainingSamples(dataset, cases, *budget, augmentation=AUTHORS)
     for batch in torch.utils.data.DataLoader(samples, config.batch_size):
         adam.zero_grad()
-        target = one_hot(batch["label"], 3, dtype=torch.float64)
-        dice(network(batch["image"].double()), target).backward()
+        dice(network(batch["image"].double()), batch["label"]).backward()
         adam.step()
         cosine.step()
     result = train.train(config)
