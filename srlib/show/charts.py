@@ -350,24 +350,32 @@ def cue_volumes(distances: Sequence[int], number: int = 0) -> Figure:
 
 
 def accuracy_by_distance(table: pd.DataFrame) -> Figure:
-    """Accuracy (`srlib.study.statistics.cue_accuracy`) against the cue's distance: means over seeds, and each seed.
+    """Accuracy (`srlib.study.statistics.cue_accuracy`) against the mark's distance: means over seeds, and each seed.
 
-    A dotted line shows what `cue.nearest_mark` reaches.
+    A panel for each task and axis. A dotted line shows what `cue.nearest_mark` reaches.
     """
-    figure, axis = subplots(height=3.6)
-    names, distances = list(table["title"].unique()), sorted(table["distance"].unique())
-    apart = 0.3 * ((table["title"].map(names.index) + 0.5) / len(names) - 0.5)
-    table = table.assign(at=table["distance"].map(distances.index) + apart)
-    looks = _looks(table, "title", COLOURS) | {"x": "at", "y": "accuracy", "ax": axis}
-    sns.lineplot(**looks, dashes=False, errorbar=None, markersize=7, markeredgewidth=0)
-    sns.scatterplot(**looks, **POINTS, legend=False)
-    near = [cue.nearest_mark(cue.Recipe(distance)) for distance in distances]
-    axis.plot(range(len(distances)), near, ":", color=GREY, label="rule: the nearest mark")
-    axis.axhline(0.5, label="found, not told apart", **LINE)
-    axis.set(xlabel="distance of the cue (voxels)", ylabel="voxels called right (1: all)")
-    axis.set_xticks(range(len(distances)), distances)
-    axis.set_ylim(min(0.45, table["accuracy"].min() - 0.02), 1.02)
-    _legend(figure, axis, 4)
+    panels, names = table.groupby(["task", "axis"]), list(table["title"].unique())
+    figure, axes = subplots(len(panels), height=1 + 2.6 * len(panels), squeeze=False)
+    looks = _looks(table, "title", COLOURS) | {"x": "at", "y": "accuracy"}
+    for axis, ((task, along), rows) in zip(axes[:, 0], panels, strict=True):
+        distances = sorted(rows["distance"].unique())
+        apart = 0.3 * ((rows["title"].map(names.index) + 0.5) / len(names) - 0.5)
+        looks |= {"ax": axis, "data": rows.assign(at=rows["distance"].map(distances.index) + apart)}
+        legend = "auto" if axis is axes[0, 0] else False
+        line: dict[str, Any] = {"dashes": False, "errorbar": None, "legend": legend}
+        sns.lineplot(**looks, **line, markersize=7, markeredgewidth=0)
+        sns.scatterplot(**looks, **POINTS, legend=False)
+        if task == "cue":
+            near = [cue.nearest_mark(cue.Recipe(distance)) for distance in distances]
+            axis.plot(range(len(distances)), near, ":", color=GREY, label="rule: the nearest mark")
+        axis.axhline(0.5, label="found, not told apart", **LINE)
+        mark = "cue" if task == "cue" else "hippocampus's mark"
+        axis.set(xlabel=f"distance of the {mark} (voxels)", ylabel="voxels called right (1: all)")
+        if len(panels) > 1:
+            axis.set_title(f"{task}, along axis {along}")
+        axis.set_xticks(range(len(distances)), distances)
+        axis.set_ylim(min(0.45, rows["accuracy"].min() - 0.02), 1.02)
+    _legend(figure, axes[0, 0], 4)
     return figure
 
 

@@ -39,6 +39,7 @@ COSTS = COSTS.assign(low=[0.0, -1.3, 0.8, -8.0], high=[0.0, -0.7, 1.2, 12.0])
 COSTS = COSTS.assign(parameters=7.0, gmacs=1.5, captured_ms=14.0)
 ACCURACY = pd.DataFrame({"distance": [4, 4, 64, 64], "accuracy": [1.0, 0.9, 0.5, 0.6]})
 ACCURACY = ACCURACY.assign(seed=[0, 1] * 2, title="SegResMamba", system="segresmamba", found=1.0)
+ACCURACY = ACCURACY.assign(task="cue", axis=2)
 BINS = {"voxels": 9, "predicted": np.arange(9), "observed": 9 * RANDOM.uniform(size=9)}
 RIVALS = pd.DataFrame({"here": [0.2, 0.7], "low": [0.1, 0.6], "high": [0.3, 0.7]})
 MEMORY, *_, ABSTRACT = claims.CLAIMS
@@ -319,6 +320,13 @@ def test_accuracy_by_distance_draws_means_over_seeds():
     (axis,) = charts.accuracy_by_distance(ACCURACY).axes
     assert axis.lines[0].get_ydata().tolist() == pytest.approx([0.95, 0.55])
     assert sum(len(points.get_offsets()) for points in axis.collections) == 4
+    both = charts.accuracy_by_distance(pd.concat([ACCURACY, ACCURACY.assign(task="mirror")]))
+    assert [axis.get_title() for axis in both.axes] == [
+        "cue, along axis 2",
+        "mirror, along axis 2",
+    ]
+    rules = ["rule: the nearest mark" in {line.get_label() for line in a.lines} for a in both.axes]
+    assert rules == [True, False]
 
 
 def test_outline_encloses_a_structure_at_the_border_in_mm():
