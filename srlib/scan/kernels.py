@@ -235,23 +235,35 @@ def spread(typing_context, tile, row, lane):
     return vector(tile, row, lane), codegen
 
 
-_LANES_OF_TWO = np.arange(2 * LANES)
-# Four ways to split two vectors into (their first halves, their second halves): by 8, 4, 2 and 1 lanes,
-# each a single shuffle on common machines.
-_HALVES = [
-    _LANES_OF_TWO.reshape(2, 2, 8).swapaxes(0, 1),
-    _LANES_OF_TWO.reshape(4, 2, 4).swapaxes(0, 1),
-    _LANES_OF_TWO.reshape(2, 4, 2, 2).transpose(2, 1, 0, 3),
-    _LANES_OF_TWO.reshape(2, 4, 2, 2).transpose(3, 1, 0, 2),
+# Lanes of two vectors a and b, for blocks of 8, 4, 2 and 1 lanes: a's even blocks with b's moved up by one block.
+# Of a's and b's odd blocks these are the lanes one block further.
+_EVEN_BLOCKS = [
+    (by, np.arange(LANES) + (np.arange(LANES) // by % 2) * (LANES - by)) for by in (8, 4, 2, 1)
 ]
 
 
 def _fold(vectors: list, add_halves: Callable) -> Any:
     """16 vectors to one: halves of two are added to one vector, four times over."""
-    for halves in _HALVES:
+    for by, even in _EVEN_BLOCKS:
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [add_halves(a, b, *halves.reshape(2, LANES)) for a, b in pairs]
+        vectors = [add_halves(a, b, even, even + by) for a, b in pairs]
     return vectors[0]
+
+
+def _following(
+    context: Any, builder: ir.IRBuilder, sig: Any, args: Any, first: int, k: int
+) -> ir.Value:
+    """Where the vector `k` rows of a tile or, by a tuple, `k` channels after `array[index]` begins.
+
+    Array and index are the arguments from `first` on.
+    """
+    array, index = args[first : first + 2]
+    if isinstance(sig.args[first + 1], types.Integer):
+        index = builder.add(index, index.type(k))
+    else:
+        channel = builder.extract_value(index, 1)
+        index = builder.insert_value(index, builder.add(channel, channel.type(k)), 1)
+    return _address(context, builder, types.void(*sig.args[first : first + 2]), (array, index))
 
 
 @intrinsic
@@ -260,10 +272,7 @@ def dots(typing_context, a, i, b, j):
 
     def codegen(context, builder, sig, args):
         def row(tile, k):
-            index = builder.add(args[tile + 1], ir.Constant(args[tile + 1].type, k))
-            where = types.void(*sig.args[tile : tile + 2])
-            address = _address(context, builder, where, (args[tile], index))
-            return builder.load(address, align=4)
+            return builder.load(_following(context, builder, sig, args, tile, k), align=4)
 
         def add_halves(x, y, first, second):
             halves = (ir.Constant(_INTS, half.tolist()) for half in (first, second))
@@ -280,15 +289,36 @@ def dots(typing_context, a, i, b, j):
     return vector(a, i, b, j), codegen
 
 
+@intrinsic
+def transpose(typing_context, target, i, source, j):
+    """Write 16 vectors of `source`, from index j on, as columns to `target`, from index i on."""
+
+    def codegen(context, builder, sig, args):
+        each = range(LANES)
+        rows = [builder.load(_following(context, builder, sig, args, 2, k), align=4) for k in each]
+        for by, even in _EVEN_BLOCKS:
+            lanes = [ir.Constant(_INTS, (even + (k & by)).tolist()) for k in each]
+            rows = [builder.shuffle_vector(rows[k & ~by], rows[k | by], lanes[k]) for k in each]
+        for k in each:
+            builder.store(rows[k], _following(context, builder, sig, args, 0, k), align=4)
+        return context.get_dummy_value()
+
+    return types.void(target, i, source, j), codegen
+
+
 # --- Kernels --------------------------------------------------------------------------------------
 
 CHUNK = 64  # tokens; eight tiles of 64 x 16 float32 fill a 32 KiB cache
 TAPS = 4  # of the causal convolution; fewer are padded with zeros
 
-_OPTIONS = {"error_model": "numpy", "boundscheck": False, "nogil": True}
+# Nothing is allocated here; without numba's runtime, tiles are not counted atomically at each slice of one.
+_OPTIONS = {"error_model": "numpy", "boundscheck": False, "nogil": True, "_nrt": False}
 _ZERO, _ONE, _LN2 = np.float32(0), np.float32(1), np.float32(math.log(2))
 
 _helper = njit(forceinline=True, **_OPTIONS)  # a call would pass each tile as eight words
+_called = njit(
+    **_OPTIONS
+)  # has registers of its own: inlined, these cost the loops around them theirs
 _channels = float32[::1]  # (P,)
 _per_state = float32[:, ::1]  # (N, P)
 _sequence = float32[:, :, :]  # (B, channels or states, L) of any strides
@@ -321,12 +351,30 @@ def _kernel(*arguments: Any) -> Callable[[Callable], _Kernel]:
 
 
 @_helper
+def _whole_and_consecutive(places):
+    """A chunk of CHUNK tokens that follow each other in memory."""
+    consecutive = len(places) == CHUNK
+    for t in range(1, len(places)):  # the ends alone can lie so in the inter-slice order, too
+        consecutive &= places[t] - places[t - 1] == 1
+    return consecutive
+
+
+@_helper
 def _gather(tile, source, b, channel, places):
     """tile[t, c] = source[b, channel + c, places[t]]; 0 in lanes beyond the last channel."""
-    width = min(LANES, source.shape[1] - channel)
-    if width == LANES and source.strides[1] == 4:
+    if source.strides[1] == 4 and source.shape[1] - channel >= LANES:
         for t in range(len(places)):
             store(tile, t, load(source, (b, channel, places[t])))
+    else:
+        _gather_columns(tile, source, b, channel, places)
+
+
+@_called
+def _gather_columns(tile, source, b, channel, places):
+    width = min(LANES, source.shape[1] - channel)
+    if width == LANES and source.strides[2] == 4 and _whole_and_consecutive(places):
+        for t in range(0, CHUNK, LANES):
+            transpose(tile, t, source, (b, channel, places[t]))
     else:
         tile[: len(places), width:] = 0
         for c in range(width):
@@ -337,23 +385,23 @@ def _gather(tile, source, b, channel, places):
 @_helper
 def _scatter(target, tile, b, channel, places):
     """target[b, channel + c, places[t]] = tile[t, c]."""
-    width = min(LANES, target.shape[1] - channel)
-    if width == LANES and target.strides[1] == 4:
+    if target.strides[1] == 4 and target.shape[1] - channel >= LANES:
         for t in range(len(places)):
             store(target, (b, channel, places[t]), load(tile, t))
+    else:
+        _scatter_columns(target, tile, b, channel, places)
+
+
+@_called
+def _scatter_columns(target, tile, b, channel, places):
+    width = min(LANES, target.shape[1] - channel)
+    if width == LANES and target.strides[2] == 4 and _whole_and_consecutive(places):
+        for t in range(0, CHUNK, LANES):
+            transpose(target, (b, channel, places[t]), tile, t)
     else:
         for c in range(width):
             for t in range(len(places)):
                 target[b, channel + c, places[t]] = tile[t, c]
-
-
-@_helper
-def _whole_and_consecutive(places):
-    """A chunk of CHUNK tokens that follow each other in memory."""
-    consecutive = len(places) == CHUNK
-    for t in range(1, len(places)):  # the ends alone can lie so in the inter-slice order, too
-        consecutive &= places[t] - places[t - 1] == 1
-    return consecutive
 
 
 @_helper
@@ -382,6 +430,19 @@ def forward_tiles(nstates: int) -> list[tuple[int, int]]:
     return [(CHUNK, 0), (CHUNK, 8), (CHUNK, 16), (groups, 24), (groups, 32)]
 
 
+@_called
+def _recur(rates, states, b, row, advance, channel, dt, x, Bs, Cs, out):
+    """All states of 16 channels through a chunk, from `row` of `states` to `advance` rows further."""
+    for n in range(len(rates)):
+        group, lane = n // LANES * CHUNK, n % LANES
+        rate, h = load(rates, (n, channel)), load(states, (b, row + n, channel))
+        for t in range(len(dt)):
+            decay = exp2(load(dt, t) * rate)
+            h = fma(decay, h, load(x, t) * spread(Bs, group + t, lane))
+            store(out, t, fma(h, spread(Cs, group + t, lane), load(out, t)))
+        store(states, (b, row + advance + n, channel), h)
+
+
 @_kernel(
     _sequence, _sequence, _per_state, _sequence, _sequence, _channels, _sequence, _channels, boolean,
     boolean, int64[::1], int64[::1], _tiles(5), _sequence, _states, int64, int64, int64, int64, int64,
@@ -395,7 +456,6 @@ def forward(
     `states` (B, rows, P) holds the N states before the first step from `row` on. Those after each chunk go
     `advance` rows further: N to keep them all, 0 to keep the last.
     """
-    nstates = len(rates)
     out, dt, x, Bs, Cs = tiles
     for start in range(0, len(places), CHUNK):
         inside = places[start : start + CHUNK]
@@ -413,14 +473,7 @@ def forward(
                 store(x, t, step * value)
                 store(out, t, D * value)
 
-            for n in range(nstates):
-                group, lane = n // LANES * CHUNK, n % LANES
-                rate, h = load(rates, (n, channel)), load(states, (b, row + n, channel))
-                for t in range(len(inside)):
-                    decay = exp2(load(dt, t) * rate)
-                    h = fma(decay, h, load(x, t) * spread(Bs, group + t, lane))
-                    store(out, t, fma(h, spread(Cs, group + t, lane), load(out, t)))
-                store(states, (b, row + advance + n, channel), h)
+            _recur(rates, states, b, row, advance, channel, dt[: len(inside)], x, Bs, Cs, out)
 
             if with_gate:
                 _gather(x, z, b, channel, inside)
