@@ -316,9 +316,7 @@ _OPTIONS = {"error_model": "numpy", "boundscheck": False, "nogil": True, "_nrt":
 _ZERO, _ONE, _LN2 = np.float32(0), np.float32(1), np.float32(math.log(2))
 
 _helper = njit(forceinline=True, **_OPTIONS)  # a call would pass each tile as eight words
-_called = njit(
-    **_OPTIONS
-)  # has registers of its own: inlined, these cost the loops around them theirs
+_called = njit(**_OPTIONS)  # with registers of its own: inlined, it would take those of the loops
 _channels = float32[::1]  # (P,)
 _per_state = float32[:, ::1]  # (N, P)
 _sequence = float32[:, :, :]  # (B, channels or states, L) of any strides
