@@ -80,9 +80,14 @@ def _compare_table(computed: Path, stored: Path) -> Iterator[tuple]:
     if len(table) != len(reference) or [*table] != [*reference]:
         yield name, 0, "other rows or columns", np.nan, np.nan, 0.0, False
         return
-    for column in (c for c in map(str, table.select_dtypes("number")) if not MACHINE.search(c)):
+    numeric = {column for t in (table, reference) for column in t.select_dtypes("number")}
+    for column in map(str, table):
+        if column not in numeric or MACHINE.search(column):
+            continue
         whole = all(pd.api.types.is_integer_dtype(t[column]) for t in (table, reference))
-        for row, (value, expected) in enumerate(zip(table[column], reference[column], strict=True)):
+        # where one table has words they are no number, so that they differ from one
+        both = (pd.to_numeric(t[column], errors="coerce") for t in (table, reference))
+        for row, (value, expected) in enumerate(zip(*both, strict=True)):
             metric = table["metric"][row] if "metric" in table else ""
             allowed = _tolerance(f"{name} {column} {metric}", expected, whole)
             agrees = bool(np.isclose(value, expected, rtol=0, atol=allowed, equal_nan=True))

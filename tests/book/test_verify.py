@@ -76,6 +76,16 @@ def test_a_training_may_differ_by_its_tolerance_and_all_else_by_rounding(
     assert f"{beyond:.6g}, reference {TABLES[name][column][row]:.6g}" in verify.verdict(compare())
 
 
+def test_words_in_a_column_of_numbers_do_not_agree_whichever_table_has_them(stored):
+    words = TABLES["04-summary"].assign(mean=["not all folds", 0.9, 2.0])
+    write(stored, {"04-summary": words})
+    assert [*compare().query("not agrees")["row"]] == [0]
+    verify.store("smoke", "mni152")
+    write(stored, TABLES)
+    assert [*compare().query("not agrees")["row"]] == [0]
+    assert "04-summary, row 0, mean: 0.8, reference nan" in verify.verdict(compare())
+
+
 def test_lost_rows_and_lost_tables_do_not_agree(stored):
     write(stored, {"04-summary": TABLES["04-summary"][:-1]})
     assert compare().query("not agrees")["column"].tolist() == ["other rows or columns"]
