@@ -42,6 +42,7 @@ from srlib.study.published import published
 
 HOLDS, PART, FAILS = "holds", "holds in part", "does not hold"
 OPEN, UNTESTED = "undecided", "not tested"
+NO_GAIN = "no gain shown"
 TITLES = {name: peer.title for name, peer in PEERS.items()}
 OURS = TITLES["segresmamba"]
 COMPARABLE = 0.5  # Dice points, either way
@@ -263,10 +264,14 @@ _TOM, _CMMB, _CONVOLUTION = (  # points that each row of an ablation adds to the
     for step in 100 * published(table)["dice"].diff().dropna()
 )
 _PARTS = {"neither": _CMMB, "no_extra_conv": _CONVOLUTION}
+_ROWS = {
+    "neither": "SegMamba's block for CMMB"
+}  # in claim 7, where both lack the extra convolution
+_DECIDING = ("tom", "peers", "parts", "seeds")  # the grids whose runs a verdict rests on
 _PEERS = {name: _GAPS["table 1"].get(TITLES[name]) for name in SMALL}
 _SMALL = {TITLES[name]: peer.title for name, peer in SMALL.items()}
 LEADS = {
-    "peers": Lead(pd.Series(_PEERS, dtype=float).dropna(), -COMPARABLE, COMPARABLE),
+    "peers": Lead(pd.Series(_PEERS, dtype=float), -COMPARABLE, COMPARABLE),
     "ToM": Lead(pd.Series({"none": _TOM, "conv": np.nan}), _TOM),
     "parts": Lead(pd.Series(_PARTS), None, ahead={"neither": "no_extra_conv"}),
 }
@@ -280,18 +285,19 @@ def gains(name: str) -> pd.DataFrame:
 
     Returns:
         A row for each rival, by title: points `printed` and found `here`, its interval's `low` and `high`, `n` cases,
-        `runs` of the rival, `is`: SegResMamba is `ahead`, `comparable`, `behind`, or it is `open` or `not tested`.
+        `runs` of the rival, `is`: SegResMamba is `ahead`, `comparable`, `behind`, or it is `undecided` (where a gain is
+        claimed: `no gain shown`) or `not tested`.
 
     Raises:
         FileNotFoundError: no committed runs of SegResMamba and a rival.
     """
-    lead, cases = LEADS[name], pd.concat([grid.cases(grid_name) for grid_name in grid.EQUAL_STEPS])
+    lead, cases = LEADS[name], pd.concat([grid.cases(grid_name) for grid_name in _DECIDING])
     cases = cases.drop_duplicates(statistics.KEYS)
     ahead = {rival: lead.ahead.get(rival, "segresmamba") for rival in lead.rivals.index}
     whole = {of: {*statistics.complete(cases, of)["system"]} for of in ahead.values()}
     there = {rival: of for rival, of in ahead.items() if rival in whole[of]}
     if not there:
-        raise FileNotFoundError(f"no committed runs: grids {', '.join(grid.EQUAL_STEPS)}")
+        raise FileNotFoundError(f"no committed runs: grids {', '.join(_DECIDING)}")
     found = statistics.compare(
         cases, there, ("dice",), (statistics.MEAN,), margin=lead.margin / 100
     ).set_index("system")
@@ -300,8 +306,9 @@ def gains(name: str) -> pd.DataFrame:
     table["runs"] = cases.groupby("system")["run"].nunique()
     low, high, margin = table["low"], table["high"], lead.margin
     words = {"comparable": (low > -margin) & (high < margin), "ahead": low > 0, "behind": high < 0}
-    table["is"] = np.select([*words.values(), table["here"].isna()], [*words, UNTESTED], OPEN)
-    return table.rename({key: system.title for key, system in grid.SYSTEMS.items()})
+    otherwise = OPEN if margin else NO_GAIN
+    table["is"] = np.select([*words.values(), table["here"].isna()], [*words, UNTESTED], otherwise)
+    return table.rename({key: system.title for key, system in grid.SYSTEMS.items()} | _ROWS)
 
 
 def _ahead(name: str) -> Finding:
@@ -314,7 +321,7 @@ def _ahead(name: str) -> Finding:
     claimed = found["printed"] if lead.claimed is None else lead.claimed
     excluded = ~shown & (found["high"] < claimed)
     forms = {"ahead": "ahead of {}", "behind": "behind {}", "comparable": "comparable with {}"}
-    forms |= {OPEN: "undecided against {}" if lead.margin else "no gain shown against {}"}
+    forms |= {word: f"{word} against {{}}" for word in (OPEN, NO_GAIN)}
     said = [
         form.format(_with("+.2f", found.loc[found["is"] == word, "here"]))
         for word, form in forms.items()
@@ -324,7 +331,7 @@ def _ahead(name: str) -> Finding:
         said.append("one training a fold, so no interval for other trainings is known")
     elif not shown.any() and not lead.margin:
         against = "" if excluded.all() else f" against {names(found.index[excluded])}"
-        said.append(f"the printed gain is excluded{against}")
+        said.append(f"the printed gain is excluded{against} on these data")
     if (lacking := found.index[found["is"] == UNTESTED]).any():
         said.append(f"not tested against {names(lacking)}")
     return Finding(verdict(shown, excluded), "; ".join(said), found[["here", "low", "high"]])
@@ -333,7 +340,7 @@ def _ahead(name: str) -> Finding:
 def evidence() -> str:
     """Data, steps and devices of the trainings that the claims about Dice rest on."""
     try:
-        runs = pd.concat([grid.runs(name) for name in grid.EQUAL_STEPS]).drop_duplicates("run")
+        runs = pd.concat([grid.runs(name) for name in _DECIDING]).drop_duplicates("run")
     except FileNotFoundError:  # what decides their steps or learning rates is not there yet
         runs = pd.DataFrame()
     if runs.empty:
