@@ -264,9 +264,8 @@ _TOM, _CMMB, _CONVOLUTION = (  # points that each row of an ablation adds to the
     for step in 100 * published(table)["dice"].diff().dropna()
 )
 _PARTS = {"neither": _CMMB, "no_extra_conv": _CONVOLUTION}
-_ROWS = {
-    "neither": "SegMamba's block for CMMB"
-}  # in claim 7, where both lack the extra convolution
+_ROWS = {key: system.title for key, system in grid.SYSTEMS.items()}
+_ROWS["neither"] = "SegMamba's block for CMMB"  # in claim 7, where both lack the extra convolution
 _DECIDING = ("tom", "peers", "parts", "seeds")  # the grids whose runs a verdict rests on
 _PEERS = {name: _GAPS["table 1"].get(TITLES[name]) for name in SMALL}
 _SMALL = {TITLES[name]: peer.title for name, peer in SMALL.items()}
@@ -308,7 +307,7 @@ def gains(name: str) -> pd.DataFrame:
     words = {"comparable": (low > -margin) & (high < margin), "ahead": low > 0, "behind": high < 0}
     otherwise = OPEN if margin else NO_GAIN
     table["is"] = np.select([*words.values(), table["here"].isna()], [*words, UNTESTED], otherwise)
-    return table.rename({key: system.title for key, system in grid.SYSTEMS.items()} | _ROWS)
+    return table.rename(_ROWS)
 
 
 def _ahead(name: str) -> Finding:
@@ -372,7 +371,7 @@ _SIZE = published("table7_size_btcv")["params_m"][OURS]
 
 def _titled(points: pd.Series, label: str) -> pd.DataFrame:
     """What the paper prints of the systems of an ablation."""
-    return points.rename({key: grid.SYSTEMS[key].title for key in points.index}).to_frame(label)
+    return points.rename(_ROWS).to_frame(label)
 
 
 def _resource(name: str) -> Claim:

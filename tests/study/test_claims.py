@@ -262,3 +262,9 @@ def test_what_is_written_in_07_and_the_readme_is_what_the_rules_say(answers):
     for claim, answer in answers.items():
         assert f"| {claim} | {answer.verdict} | {answer.sentence} |" in readme
     assert claims.evidence().endswith(" 1 seed") == ("one training a fold" in text)
+
+
+def test_a_published_number_stands_in_the_row_of_the_one_measured_here(answers):
+    for claim, printed in claims.CLAIMS.items():
+        if printed.printed.columns.isin(["table 4", "table 5"]).any():
+            assert {*printed.printed.index} == {*answers[claim].found.index}
