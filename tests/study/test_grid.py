@@ -297,6 +297,15 @@ def test_a_run_with_other_columns_is_not_kept_among_the_others():
         grid.keep(grid.configs("time")[0], "case,iou\n1,0.5\n", RECORD)
 
 
+def test_committed_runs_are_those_of_the_plan(monkeypatch):
+    """They are not any more if small.csv, which says the steps of equal time, is measured anew."""
+    monkeypatch.undo()
+    planned = {(c.dataset, grid.run_name(c)) for name in grid.GRIDS for c in grid.configs(name)}
+    for file in files.REFERENCE.glob("*/runs.jsonl"):
+        dataset = file.parent.name
+        assert {(dataset, name) for name in grid.kept(dataset).records} <= planned
+
+
 def test_committed_runs_agree_with_their_records(monkeypatch):
     """Each name is that of the configuration beside it, and no case and class comes twice."""
     monkeypatch.undo()
