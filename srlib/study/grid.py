@@ -9,7 +9,7 @@ Fold 0 is for development, learning rates are searched on it; verdicts rest on t
 
 Budgets are never mixed. At *equal steps* each system takes the same number of optimizer steps. At *equal time*
 a system takes as many as fit into the time that SegResMamba's take on a GPU, or (`curve`) into so many seconds of it,
-by the milliseconds a captured step that `results/reference/gpu/small.csv` holds (`python -m srlib bench step small`).
+by the milliseconds a captured step that the plan was made with (`results/reference/gpu/plan_steps.csv`).
 Steps are the budget in all of them, so a run may be computed on any device.
 
 Runs are computed by any `concurrent.futures.Executor`: processes of this machine, workers of Dask, jobs of SLURM;
@@ -179,7 +179,7 @@ def _further_seeds() -> Iterator[Planned]:
 
 def _at_equal_time() -> Iterator[Planned]:
     """Runs of as many steps as fit into the time that SegResMamba's take on a GPU alone."""
-    step, best = gpu_steps()["captured_ms"], best_peer()
+    step, best = plan_steps(), best_peer()
     budget, rates = STEPS * step["segresmamba"], learning_rates()
     for fold, system in product(FOLDS, (*TOM, best) if best else TOM):
         settings = {"learning_rate": rates[system], "steps": round(budget / step[system])}
@@ -188,7 +188,7 @@ def _at_equal_time() -> Iterator[Planned]:
 
 def _curve() -> Iterator[Planned]:
     """Runs of as many steps as fit into so many seconds on a GPU alone."""
-    step, rates = gpu_steps()["captured_ms"], learning_rates()
+    step, rates = plan_steps(), learning_rates()
     for seconds, fold, system in product(SECONDS, FOLDS, CURVE):
         settings = {"learning_rate": rates[system], "steps": round(1000 * seconds / step[system])}
         yield Planned(_of_plan(system, fold, 0, **settings), seconds / 60)
@@ -261,6 +261,11 @@ def best_peer() -> str | None:
     if not all(is_done(run.config) for run in plan):
         return None
     return str(_cases(plan).groupby("system")["dice"].mean().idxmax())
+
+
+def plan_steps() -> pd.Series:
+    """Milliseconds of a captured step of each system, by which the plan counts; others would make another plan."""
+    return tables.read(paths.REFERENCE / "gpu" / "plan_steps.csv").set_index("system")["captured_ms"]
 
 
 def gpu_steps(precision: str = "fp32") -> pd.DataFrame:

@@ -40,10 +40,10 @@ def keep(config: RunConfig, dice: float = 0.9) -> None:
 
 def write_steps(reference: Path, **milliseconds: float) -> None:
     """Put down what a step of each system takes on a GPU: 10 ms unless told otherwise."""
-    table = pd.DataFrame({"system": [*grid.SYSTEMS], "precision": "fp32"})
+    table = pd.DataFrame({"system": [*grid.SYSTEMS]})
     table["captured_ms"] = [milliseconds.get(system, 10.0) for system in table["system"]]
     (reference / "gpu").mkdir(exist_ok=True)
-    table.to_csv(reference / "gpu" / "small.csv", index=False)
+    table.to_csv(reference / "gpu" / "plan_steps.csv", index=False)
 
 
 BEST = {"none": 9e-3, "unetr": 3e-4}  # not tried: 1e-2 is nearest, then 3e-3
@@ -298,7 +298,7 @@ def test_a_run_with_other_columns_is_not_kept_among_the_others():
 
 
 def test_committed_runs_are_those_of_the_plan(monkeypatch):
-    """They are not any more if small.csv, which says the steps of equal time, is measured anew."""
+    """They are not any more if plan_steps.csv, which says the steps of equal time, is changed."""
     monkeypatch.undo()
     planned = {(c.dataset, grid.run_name(c)) for name in grid.GRIDS for c in grid.configs(name)}
     for file in files.REFERENCE.glob("*/runs.jsonl"):
