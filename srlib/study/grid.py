@@ -265,7 +265,9 @@ def best_peer() -> str | None:
 
 def plan_steps() -> pd.Series:
     """Milliseconds of a captured step of each system, by which the plan counts; others would make another plan."""
-    return tables.read(paths.REFERENCE / "gpu" / "plan_steps.csv").set_index("system")["captured_ms"]
+    return tables.read(paths.REFERENCE / "gpu" / "plan_steps.csv").set_index("system")[
+        "captured_ms"
+    ]
 
 
 def gpu_steps(precision: str = "fp32") -> pd.DataFrame:
