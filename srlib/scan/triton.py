@@ -32,7 +32,7 @@ CHUNKS = (16, 256)  # shortest and longest chunk
 TILE = 8  # steps whose states the backward pass holds in registers
 REGISTERS = 128  # of a thread of `gradients`; fewer let more programs run at once
 # Not measured yet: sums over channels of a tile's steps by fewer shuffles; B and C loaded a step before they are used.
-BUTTERFLY = AHEAD = False
+BUTTERFLY = AHEAD = True
 
 
 def _kernels() -> ModuleType:
