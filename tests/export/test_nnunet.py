@@ -6,15 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import torch.nn.functional as F
 
 from srlib import data
 from srlib.export import nnunet
 from srlib.files import ROOT
+from srlib.net.model import FEATURES, SegResMamba
+from srlib.run.captured import WARM_UP
 
 CASES = 6
 BUDGET = "_3epochs_2iterations"
@@ -91,6 +96,51 @@ def test_trainers_are_found_by_name_with_size_and_budget():
         for name in ("nnUNetTrainerSegResMamba_huge", "nnUNetTrainerOwn_tiny", "nnUNetTrainerElse"):
             with pytest.raises(RuntimeError, match=name):
                 find.recursive_find_trainer_class_by_name(name)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_is_nnunet_s(monkeypatch, scaled):
+    """Captured on a GPU; the same bits on the CPU."""
+    base = pytest.importorskip("nnunetv2.training.nnUNetTrainer.nnUNetTrainer").nnUNetTrainer
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and not scaled:
+        pytest.skip("nnU-Net scales the loss on a GPU")
+
+    def initialize(self):
+        torch.manual_seed(0)
+        self.network = SegResMamba(1, 3, FEATURES["tiny"]).to(device)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), 0.01, momentum=0.99, nesterov=True
+        )
+        self.loss = lambda y, target: 30 * F.cross_entropy(y, target[:, 0].long())  # to be clipped
+        self.grad_scaler = torch.amp.GradScaler(device.type, 256.0) if scaled else None
+        self.label_manager = SimpleNamespace(has_ignore_label=False, has_regions=False)
+        self.device, self.is_ddp, self.enable_deep_supervision = device, False, False
+
+    monkeypatch.setattr(base, "initialize", initialize)
+    monkeypatch.setenv("nnUNet_extTrainer", str(nnunet.TRAINERS))
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+
+    ours = find("nnUNetTrainerSegResMamba_tiny")
+
+    def trained(kind):
+        trainer = object.__new__(ours)
+        trainer.initialize()
+        found = []
+        for _ in range(WARM_UP + 3):
+            scan = torch.randn(2, 1, 36, 16, 16)
+            batch = {"data": scan, "target": (scan > 0).short() + (scan > 1).short()}
+            found.append(kind.train_step(trainer, batch)["loss"].item())
+            with torch.no_grad():
+                found.append(kind.validation_step(trainer, batch)["loss"].item())
+        captured = [each.graph is not None for each in (trainer.passes, trainer.outputs)]
+        assert captured == 2 * [device.type == "cuda" and kind is ours]
+        return torch.tensor(found), *(p.detach() for p in trainer.network.parameters())
+
+    found, expected = trained(ours), trained(base)
+    near = {"rtol": 0, "atol": 0} if device.type == "cpu" else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(found, expected, **near)
+    assert found[0][0] > found[0][-1]  # it learns
 
 
 def test_what_cannot_be_trained_is_refused(monkeypatch):

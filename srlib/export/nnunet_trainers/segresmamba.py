@@ -12,7 +12,8 @@ name and calls the results' folder so, so each budget has a folder of its own. W
 1000 epochs of 250 iterations as in nnU-Net.
 
 What differs from nnU-Net's recipe: there is no deep supervision for SegResMamba, which has one output; torch.compile is
-off for it, as most of its time is in kernels that cannot be fused further; all four write their state after each epoch,
+off for it, as most of its time is in kernels that cannot be fused further: on a GPU its passes are captured as CUDA
+graphs instead (`srlib.run.captured`), the same kernels given at once; all four write their state after each epoch,
 to a file that a reader sees whole, so that a training that is killed goes on where it was.
 """
 
@@ -24,10 +25,11 @@ from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import nn
+from torch import Tensor, nn
 
 from srlib.files import atomic_path
 from srlib.net.model import FEATURES, SegResMamba
+from srlib.run.captured import CapturedStep
 
 NAME = re.compile(r"([A-Za-z]+)(?:_([a-z]+))?(?:_(\d+)epochs)?(?:_(\d+)iterations)?")
 
@@ -71,6 +73,7 @@ class nnUNetTrainerSegResMamba(nnUNetTrainerOwn):
     deep_supervision = False
     tom = "both"
     size = "paper"
+    network: Any  # in a validation step, its captured forward pass
 
     @classmethod
     def build_network_architecture(
@@ -93,6 +96,47 @@ class nnUNetTrainerSegResMamba(nnUNetTrainerOwn):
             )
         channels = num_input_channels, num_output_channels
         return SegResMamba(*channels, FEATURES[cls.size], tom=cls.tom)
+
+    def initialize(self) -> None:
+        """As nnU-Net's; capture what is launched kernel by kernel."""
+        super().initialize()
+        refusal = "several GPUs" if self.is_ddp else ""
+        if self.label_manager.has_ignore_label:
+            refusal = "the loss waits for the GPU where a label is ignored"
+        self.passes = CapturedStep(self._passes, refusal)
+        self.outputs = CapturedStep(self.network, refusal)
+
+    def _passes(self, data: Tensor, target: Tensor) -> Tensor:
+        """Both passes of a training step: leaves the scaled gradients, returns the loss."""
+        # New gradients, as in nnU-Net; a graph's own stay where they are, and each replay writes them anew.
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
+            loss = self.loss(self.network(data), target)
+        scaled = loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+        scaled.backward()
+        return loss.detach()
+
+    def train_step(self, batch: dict) -> dict:
+        """As nnU-Net's, with both passes captured; the optimizer's step asks the GPU for infinities and is not."""
+        data, target = (batch[key].to(self.device, non_blocking=True) for key in ("data", "target"))
+        loss, scaler = self.passes(data, target), self.grad_scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+        return {"loss": loss.cpu().numpy()}
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's, with the forward pass captured."""
+        network, self.network = self.network, self.outputs
+        try:
+            return super().validation_step(batch)
+        finally:
+            self.network = network
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Do nothing: the network has one output."""
