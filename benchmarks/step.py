@@ -355,7 +355,8 @@ def joules(function: Callable[[], object], number: int) -> float:
     import pynvml
 
     pynvml.nvmlInit()
-    board = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    uuid = torch.cuda.get_device_properties().uuid  # an index may be another's: $CUDA_VISIBLE_DEVICES
+    board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     counts = [pynvml.nvmlDeviceGetTotalEnergyConsumption(board)]
     for _ in range(number):
         function()
