@@ -168,10 +168,10 @@ def fits() -> pd.DataFrame:
 def cost() -> pd.DataFrame:
     """A row a grid, then all of them, each run once: runs, steps, hours of a GPU.
 
-    Hours by the captured step of `results/reference/gpu/small.csv`, fp32, without samples. A step on volumes of the
+    Hours by the captured step of `results/reference/gpu/plan_steps.csv`, fp32, without samples. A step on volumes of the
     diagnostic task counts by its voxels, one of the released variant, which was not measured, as the convolution's.
     """
-    step = grid.gpu_steps()["captured_ms"]
+    step = grid.plan_steps()
     grids = {name: grid.configs(name) for name in grid.GRIDS}
     grids["all"] = tuple({config: None for configs in grids.values() for config in configs})
     rows = {}

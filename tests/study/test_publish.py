@@ -42,7 +42,7 @@ def test_the_second_plan_says_what_its_steps_take(tables):
 
 
 def test_the_cost_is_steps_by_milliseconds(tables):
-    step = grid.gpu_steps()["captured_ms"][[*grid.TOM]]
+    step = grid.plan_steps()[[*grid.TOM]]
     row = tables.cost().loc["tom"]
     assert (row["runs"], row["steps"]) == (12, 12 * grid.STEPS)
     assert row["GPU hours"] == pytest.approx(4 * grid.STEPS * step.sum() / 3.6e6)
