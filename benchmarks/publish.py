@@ -168,7 +168,7 @@ def fits() -> pd.DataFrame:
 def cost() -> pd.DataFrame:
     """A row a grid, then all of them, each run once: runs, steps, hours of a GPU.
 
-    Hours by the captured step of `results/reference/gpu/plan_steps.csv`, fp32, without samples. A step on volumes of the
+    Hours by the captured step of `results/reference/gpu/plan_steps.csv`, without samples. A step on volumes of the
     diagnostic task counts by its voxels, one of the released variant, which was not measured, as the convolution's.
     """
     step = grid.plan_steps()

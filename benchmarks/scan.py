@@ -3,7 +3,6 @@
 python -m srlib bench scan cpu [--quick]    # results/reference/cpu/scan.csv; nothing else may run
 python -m srlib bench scan gpu              # results/reference/gpu/scan.csv
 python -m srlib bench scan kernels          # results/reference/gpu/kernels.csv
-python -m srlib bench scan variants         # printed: constants of the Triton back end that may be faster
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -470,36 +469,6 @@ def rows_of(size: tuple, dtype: torch.dtype, order: str, nslices: int, names: li
             measured = measure_gpu(inputs, grad, expected, name, order, nslices)
             rows += [{"backend": name, **case, "layout": layout, **row} for row in measured]
     return rows
-
-
-# An H200 holds 132 * 32 programs of a warp at once: as many chunks of whole tiles, not 6144 of a power of two steps.
-ONE_WAVE = {"_chunk": lambda u: triton_mixer._chunk(u.mT, 1)}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "butterfly": {"BUTTERFLY": True},
-    "ahead": {"AHEAD": True},
-    "one wave": ONE_WAVE,
-    "butterfly, one wave": {"BUTTERFLY": True} | ONE_WAVE,
-    "all": {"BUTTERFLY": True, "AHEAD": True} | ONE_WAVE,
-}
-
-
-@app.command()
-def variants() -> None:
-    """Measure the scan of the first of SIZES in float32 with other constants of the Triton back end, as `gpu` does.
-
-    `gradients_us`: of ToM's kernel `gradients_of_orders` (see `kernels`), which has the first of them too.
-    """
-    rows = []
-    for name, constants in VARIANTS.items():
-        torch.manual_seed(0)
-        with patch.multiple(triton, **constants) if constants else nullcontext():
-            us = kernel_times(LAYERS[0], torch.float32, 5)["backward", "gradients_of_orders"]
-            for row in rows_of(SIZES[0], torch.float32, *ORDERS[0], ["triton"]):
-                row |= {"ps_per_element": row["ms"] / math.prod(SIZES[0]) * 1e9}
-                rows.append({"variant": name, **row, "gradients_us": us})
-    shown = ["variant", "layout", "pass", "ms", "ps_per_element", "error", "gradients_us"]
-    print(pd.DataFrame(rows)[shown].to_string(index=False, float_format="%.4g"))
 
 
 # --- The kernels of a ToM layer beside their floors -----------------------------------------------

@@ -355,7 +355,9 @@ def joules(function: Callable[[], object], number: int) -> float:
     import pynvml
 
     pynvml.nvmlInit()
-    uuid = torch.cuda.get_device_properties().uuid  # an index may be another's: $CUDA_VISIBLE_DEVICES
+    uuid = (
+        torch.cuda.get_device_properties().uuid
+    )  # an index may be another's: $CUDA_VISIBLE_DEVICES
     board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     counts = [pynvml.nvmlDeviceGetTotalEnergyConsumption(board)]
     for _ in range(number):

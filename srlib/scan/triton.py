@@ -31,8 +31,6 @@ PROGRAMS = 6144  # chunks are made short enough for about so many
 CHUNKS = (16, 256)  # shortest and longest chunk
 TILE = 8  # steps whose states the backward pass holds in registers
 REGISTERS = 128  # of a thread of `gradients`; fewer let more programs run at once
-# Not measured yet: sums over channels of a tile's steps by fewer shuffles; B and C loaded a step before they are used.
-BUTTERFLY = AHEAD = True
 
 
 def _kernels() -> ModuleType:
@@ -130,10 +128,10 @@ def forward(inputs: ScanInputs, options: Options, states: Tensor) -> Tensor:
     go, y = _Launch(inputs, options), torch.empty_like(inputs.u)
     u, delta, z = inputs.u, inputs.delta, inputs.z
     ends, totals = go.room(inputs.A.shape[1]), go.room()
-    go.run("walk", (u, delta, None, None), go.B, go.C, None, ends, totals, AHEAD=AHEAD)
+    go.run("walk", (u, delta, None, None), go.B, go.C, None, ends, totals)
     starts = states if states.numel() else torch.empty_like(ends)
     join(ends, totals, go.A, starts, len(u), backwards=False)
-    go.run("walk", (u, delta, z, y), go.B, go.C, starts, None, None, AHEAD=AHEAD)
+    go.run("walk", (u, delta, z, y), go.B, go.C, starts, None, None)
     return y
 
 
@@ -160,7 +158,7 @@ def backward(inputs: ScanInputs, options: Options, states: Tensor, grad: Tensor)
     sequences = (u, delta, z, grad, out["u"], out["delta"])
     go.run(
         "gradients", sequences, B, C, tile_starts, after, by_block, *sums.values(), **tiles,
-        maxnreg=REGISTERS, BUTTERFLY=BUTTERFLY,
+        maxnreg=REGISTERS,
     )  # fmt: skip
     out["B"].copy_(by_block[:, :, TILE:-TILE].sum(0).transpose(1, 2))
     for name, t in inputs.parameters().items():

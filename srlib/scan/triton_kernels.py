@@ -139,7 +139,7 @@ def walk(
     A, B, C, D, bias, starts, ends, totals,
     length, slice_length, chunks, channels, states: tl.constexpr,
     per_chunk, BLOCK: tl.constexpr, STATES: tl.constexpr,
-    ORDER: tl.constexpr, SOFTPLUS: tl.constexpr, AHEAD: tl.constexpr,
+    ORDER: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """Each chunk's output y from the state it starts from (B, chunks, N, D).
 
@@ -168,36 +168,29 @@ def walk(
     into, out = tl.load(B + weights, real, 0.0), tl.load(C + weights, real, 0.0)
     for step in range(first, last):
         here = token
-        if not AHEAD:
-            weights = (b * length + token) * states + n
-            into = tl.load(B + weights, real, 0.0)
         token, in_slice = _next(token, in_slice, length, slice_length, ORDER)
         ahead = d < tl.where(step + 1 < last, channels, 0)  # loaded while this step is computed
         later_x, later_raw, later_gate = _take_all(
             u, u_stride, delta, delta_stride, z, z_stride, b, d, token, ahead
         )
-        if AHEAD:
-            weights = (b * length + tl.where(step + 1 < last, token, here)) * states + n
-            later_into = tl.load(B + weights, real, 0.0)
-            if starts is not None:
-                later_out = tl.load(C + weights, real, 0.0)
+        weights = (b * length + tl.where(step + 1 < last, token, here)) * states + n
+        later_into = tl.load(B + weights, real, 0.0)
+        if starts is not None:
+            later_out = tl.load(C + weights, real, 0.0)
         x = x.to(tl.float32)
         dt = _step_size(raw.to(tl.float32) + shift, SOFTPLUS)
         h = tl.exp2(dt[None, :] * a) * h + (dt * x)[None, :] * into[:, None]
         total += dt
         if starts is not None:
-            if not AHEAD:
-                out = tl.load(C + weights, real, 0.0)
             result = tl.sum(h * out[:, None], 0) + direct * x
             if z is not None:
                 gate = gate.to(tl.float32)
                 result *= gate * _sigmoid(gate)
             tl.store(_place(y, y_stride, b, d, here), result, inside)
         x, raw, gate = later_x, later_raw, later_gate
-        if AHEAD:
-            into = later_into
-            if starts is not None:
-                out = later_out
+        into = later_into
+        if starts is not None:
+            out = later_out
     if starts is None:
         tl.store(ends + place, h, both)
         tl.store(totals + row * channels + d, total, inside)
@@ -316,7 +309,7 @@ def gradients(
     du, du_stride, ddelta, ddelta_stride, A, B, C, D, bias, tile_starts, carries, dB, dA, dD, dbias,
     length, slice_length, chunks, tiles, channels, states: tl.constexpr,
     per_chunk, TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
-    ORDER: tl.constexpr, SOFTPLUS: tl.constexpr, BUTTERFLY: tl.constexpr,
+    ORDER: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """The other gradients, tile by tile from each chunk's end; `carries` is used up on the way."""
     chunk, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -360,12 +353,11 @@ def gradients(
             by_exponent = by_exponent + (tl.zeros((BLOCK,), tl.float32),)
             token, in_slice = _next(token, in_slice, length, slice_length, ORDER)
         weights = (b * padded + TILE + origin) * states
-        if BUTTERFLY:
-            steps = tile * TILE + tl.arange(0, BLOCK) // (BLOCK // TILE)
-            tokens, _ = _token(steps, length, slice_length, ORDER)
-            if ORDER == "inter_slice":
-                tokens = tl.where(steps < length, tokens, length)
-            sums_at = by_block + (b * padded + TILE + tokens) * states
+        steps = tile * TILE + tl.arange(0, BLOCK) // (BLOCK // TILE)
+        tokens, _ = _token(steps, length, slice_length, ORDER)
+        if ORDER == "inter_slice":
+            tokens = tl.where(steps < length, tokens, length)
+        sums_at = by_block + (b * padded + TILE + tokens) * states
         starts_at = tile_starts + (b * tiles + tile) * states * channels + d
         a, h = tl.load(A + d, inside, 0.0), tl.load(starts_at, inside, 0.0)
         p = tl.load(carries_at, inside, 0.0)
@@ -396,14 +388,7 @@ def gradients(
                 later_exponent = (by_exponent[k] + by_decay * a,) + later_exponent
                 by_into = (q * inputs[k],) + by_into
             by_x, by_exponent = later_x, later_exponent
-            if BUTTERFLY:
-                tl.store(sums_at + n, _sums(by_into, TILE, BLOCK), _one_of_each(TILE, BLOCK))
-            else:
-                sums = ()
-                for k in tl.static_range(TILE):
-                    sums = sums + (tl.sum(by_into[k], 0),)
-                for k in tl.static_range(TILE):
-                    tl.store(by_block + weights + n + offsets[k] * states, sums[k])
+            tl.store(sums_at + n, _sums(by_into, TILE, BLOCK), _one_of_each(TILE, BLOCK))
             tl.store(dA_at + n * channels, sum_A, inside)
             tl.store(carries_at + n * channels, p, inside)
             a, h, p = later_a, later_h, later_p

@@ -160,7 +160,7 @@ class _Orders:
         sums = self.room(self.states + 2)
         self.scanned(
             "gradients_of_orders", u, delta, rows, grad, du, self.A, self.D, self.bias, tile_starts, after,
-            parts, sums, BUTTERFLY=triton.BUTTERFLY, **tiles,
+            parts, sums, **tiles,
         )  # fmt: skip
         del tile_starts
         if self.blocks > 1:

@@ -323,7 +323,7 @@ def gradients_of_orders(
     u, delta, rows, grad, du, A, D, bias, tile_starts, carries, dB, sums,
     orders, length, padded, slice_length, batch, chunks, per_chunk,
     channels: tl.constexpr, states: tl.constexpr, ROW: tl.constexpr, DROW: tl.constexpr,
-    RANK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, BUTTERFLY: tl.constexpr,
+    RANK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The other gradients, tile by tile from each chunk's end; that by delta takes its place.
 
@@ -393,15 +393,8 @@ def gradients_of_orders(
                 later_exponent = (by_exponent[k] + by_decay * a,) + later_exponent
                 by_into = (q * inputs[k],) + by_into
             by_x, by_exponent = later_x, later_exponent
-            if BUTTERFLY:
-                sums_at = dB_at + tl.arange(0, BLOCK) // (BLOCK // TILE) * DROW + n
-                tl.store(sums_at, _sums(by_into, TILE, BLOCK), _one_of_each(TILE, BLOCK))
-            else:
-                totals = ()
-                for k in tl.static_range(TILE):
-                    totals += (tl.sum(by_into[k], 0),)
-                for k in tl.static_range(TILE):
-                    tl.store(dB_at + k * DROW + n, totals[k])
+            sums_at = dB_at + tl.arange(0, BLOCK) // (BLOCK // TILE) * DROW + n
+            tl.store(sums_at, _sums(by_into, TILE, BLOCK), _one_of_each(TILE, BLOCK))
             tl.store(sums + n * channels, sum_A, inside)
             tl.store(carries + n * channels, p, inside)
             a, h, p = later_a, later_h, later_p

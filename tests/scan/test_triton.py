@@ -63,11 +63,11 @@ def assert_close(results: tuple[dict, dict], tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_variants_that_may_be_faster(monkeypatch, order):
+@pytest.mark.parametrize("tile", [4, back_end.TILE])
+def test_longer_tiles(monkeypatch, order, tile):
     for module in (back_end, triton_mixer):
-        monkeypatch.setattr(module, "TILE", 4)
-    monkeypatch.setattr(back_end, "BUTTERFLY", True)
-    monkeypatch.setattr(back_end, "AHEAD", True)
+        monkeypatch.setattr(module, "TILE", tile)
+        monkeypatch.setattr(module, "CHUNKS", (tile, tile))
     torch.manual_seed(7)
     assert_close(found_and_expected(inputs_of(2, 33, 7, 2, optional=()), order, 3), 3e-6)
     tensors, grad = random_mixers(2, 5, 33, 1), torch.randn(2, 5, 33, device=DEVICE)
