@@ -6,6 +6,7 @@ Arrays are (C, X, Y, Z), as in `srlib.data.cases`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import radians
 from pathlib import Path
 from typing import NamedTuple
@@ -134,6 +135,8 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.batch_size, self.steps, self.first_step = batch_size, steps, first_step
         self.seed, self.flip_axes = seed, dataset.entry.flip_axes
         self.augmentation = augmentation if augment else None
+        # Generators of MONAI's kind, seeded for each sample: to make one takes ten times as long.
+        self.random, self.stream = RandomState(0), RandomState(0)
         self.device, self.staying = None, None
         if device and sum(place.stat().st_size for _, place in self.cases) < STAYING:
             self.device = device
@@ -147,10 +150,12 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
             raise IndexError(f"item {item} of {len(self)}")
         number = self.first_step * self.batch_size + item
         epoch, position = divmod(number, len(self.cases))
-        index = _random(self.seed, 0, epoch).permutation(len(self.cases))[position]
+        index = _order(self.seed, epoch, len(self.cases))[position]
         case = self.staying[index] if self.staying else self._read(index)
-        random = _random(self.seed, 1, *divmod(number, self.batch_size))
-        draw = _draw(case, self.patch_size, self.flip_axes, self.augmentation, random)
+        self.random.seed(_key(self.seed, 1, *divmod(number, self.batch_size)))
+        draw = _draw(
+            case, self.patch_size, self.flip_axes, self.augmentation, self.random, self.stream
+        )
         image, label = _make(case, draw, self.patch_size)
         return {"image": image, "label": label.long()}
 
@@ -166,9 +171,15 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         )
 
 
-def _random(*key: int) -> RandomState:
-    """MONAI's kind of generator, seeded with a tuple of integers."""
-    return RandomState(SeedSequence(key).generate_state(4))
+def _key(*key: int) -> NDArray[np.unsignedinteger]:
+    """A seed for a `RandomState` from a tuple of integers."""
+    return SeedSequence(key).generate_state(4)
+
+
+@lru_cache(4)
+def _order(seed: int, epoch: int, number: int) -> NDArray[np.int64]:
+    """The cases in the order in which an epoch sees them."""
+    return RandomState(_key(seed, 0, epoch)).permutation(number)
 
 
 # --- Drawing --------------------------------------------------------------------------------------
@@ -180,16 +191,20 @@ def _draw(
     flip_axes: Sequence[int],
     augmentation: Augmentation | None,
     random: RandomState,
+    stream: RandomState,
 ) -> Draw:
-    """Draw a sample of a case; the numbers are those of MONAI's random transforms in one `Compose`."""
+    """Draw a sample of a case; the numbers are those of MONAI's random transforms in one `Compose`.
+
+    `random` is used up, `stream` is seeded anew and becomes the generator of the noise.
+    """
     corner = _corner(case, patch, random)
     if not augmentation:
-        return Draw(corner, None, (), {}, random)
+        return Draw(corner, None, (), {}, stream)
     turn = _turn(random) if random.rand() < augmentation.turned else None
     flips = tuple(axis for axis in flip_axes if random.rand() < 0.5)
     changes = {}
     for name, (probability, low, high) in augmentation.intensities.items():
-        stream = RandomState(random.randint(1 << 32, dtype="uint32"))
+        stream.seed(random.randint(1 << 32, dtype="uint32"))
         if stream.rand() < probability:
             changes[name] = stream.uniform(low, high)
     return Draw(corner, turn, flips, changes, stream)

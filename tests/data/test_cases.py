@@ -552,7 +552,7 @@ def test_intensities_change_as_monais_random_transforms_change_them(augmentation
         monais, ours = (np.random.RandomState(seed) for _ in range(2))
         samples._corner(prepared, patch, monais)
         turned = monais.rand() < augmentation.turned
-        draw = samples._draw(prepared, patch, (), augmentation, ours)
+        draw = samples._draw(prepared, patch, (), augmentation, ours, np.random.RandomState(0))
         combinations.add(tuple(draw.changes))
         if not turned:
             intensity.set_random_state(state=monais)
