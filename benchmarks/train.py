@@ -2,12 +2,14 @@
 
 python benchmarks/train.py gpus OUT.csv         # results/reference/gpu/ddp.csv
 python benchmarks/train.py determinism OUT.csv  # results/reference/gpu/determinism.csv
+python benchmarks/train.py default OUT.csv      # results/reference/cpu/default.csv
 python benchmarks/train.py kill --kills 10      # results/reference/cpu/kill_test.csv
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -19,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
+from math import nan
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -35,7 +38,7 @@ from srlib import data, machine, tables
 from srlib.files import REFERENCE
 from srlib.run import train
 from srlib.run.captured import CapturedStep, capturable
-from srlib.run.runs import RunConfig, config_for
+from srlib.run.runs import RunConfig, config_for, is_done
 from srlib.study import grid
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
@@ -195,6 +198,30 @@ def train_once(config: RunConfig, algorithms: str) -> dict[str, Any]:
         "sha256": hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest(),
         "nondeterministic": " ".join(sorted(named)),
     }
+
+
+# --- The default profile on real data --------------------------------------------------------------
+
+
+@app.command()
+def default(out: Path, dataset: str = grid.DATASET, seeds: int = 3) -> None:
+    """Train and score the default profile on a data set's fold 0 with some seeds, one after the other.
+
+    Columns: `dataset`, `fold`, `seed`, `steps`, `cases` (held out), `dice` (mean over classes, then cases),
+    `cpu_minutes` (processor time of the training and of scoring it; empty where it was trained before).
+    """
+    rows: list[dict] = []
+    for seed in range(seeds):
+        config, begun = config_for("default", dataset, seed=seed), time.process_time()
+        trained = is_done(config)
+        table, record = grid.compute_run(config)
+        cases = pd.read_csv(io.StringIO(table), dtype={"case": str}).groupby("case")["dice"].mean()
+        row = {"dataset": dataset, "fold": config.fold, "seed": seed, "steps": config.steps}
+        row |= {"cases": len(cases), "dice": cases.mean(), "device": record["device_name"]}
+        row["cpu_minutes"] = nan if trained else (time.process_time() - begun) / 60
+        rows.append(row)
+        machine.write_table(pd.DataFrame(rows), out)
+        print(row, flush=True)
 
 
 # --- kill -9 --------------------------------------------------------------------------------------
