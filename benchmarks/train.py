@@ -160,25 +160,27 @@ def compared(alone: list[dict[str, Any]], several: list[dict[str, Any]]) -> pd.D
 
 @app.command()
 def determinism(out: Path, steps: int = 100) -> None:
-    """Train `small` on hippocampus twice, then with torch's deterministic algorithms, each in a fresh process.
+    """Train `small` on hippocampus in three ways, each twice, in fresh processes.
 
-    Columns: `algorithms` (`usual` or `deterministic`), `steps` of 8 patches, `ms_per_step` (the median of the second
-    half, samples included), `sha256` of the weights, `same` (as the first row's), `nondeterministic` (the operators
-    that have no deterministic implementation, by torch's warnings).
+    Columns: `algorithms` (`usual`; `cudnn`, cuDNN's deterministic ones; `deterministic`, all of torch's), `steps` of 8
+    patches, `ms_per_step` (the median of the second half, samples included), `sha256` of the weights, `same` (as the
+    first row of its kind), `nondeterministic` (the operators that have no deterministic implementation, by torch's
+    warnings).
     """
     config = config_for("default", "hippocampus", steps=steps, batch_size=8)
-    rows: list[dict] = []
-    for algorithms in ("usual", "usual", "deterministic"):
+    rows, first = [], {}
+    for algorithms in ("usual", "usual", "cudnn", "cudnn", "deterministic", "deterministic"):
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
             found = process.submit(train_once, config, algorithms).result()
-        same = found["sha256"] == (rows[0] if rows else found)["sha256"]
+        same = found["sha256"] == first.setdefault(algorithms, found["sha256"])
         rows.append({"algorithms": algorithms, "steps": steps, **found, "same": same})
         machine.write_table(pd.DataFrame(rows), out)
         print(rows[-1], flush=True)
 
 
 def train_once(config: RunConfig, algorithms: str) -> dict[str, Any]:
-    """Time and weights of a training; what is `deterministic` stays so in this process."""
+    """Time and weights of a training; what is not `usual` stays so in this process."""
+    torch.backends.cudnn.deterministic |= algorithms == "cudnn"
     if algorithms == "deterministic":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # is read when CUDA starts
         torch.use_deterministic_algorithms(True, warn_only=True)

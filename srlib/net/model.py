@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from srlib.files import load_tensors, read_json
 from srlib.net.tom import ToMLayer
-from srlib.scan import ORDERS
+from srlib.scan import ORDERS, doubled
 from srlib.scan.recompute import Recompute, check_recompute, recomputed
 
 FEATURES: dict[str, tuple[int, ...]] = {
@@ -279,7 +279,7 @@ class UpStage(nn.Module):
     @float32_where_tiny
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """X (B, 2C, d, h, w), skip (B, C, D, H, W) with D = 2d or 2d - 1 -> (B, C, D, H, W)."""
-        x = F.interpolate(self.conv(x), scale_factor=2, mode="trilinear", align_corners=False)
+        x = doubled(self.conv(x))
         depth, height, width = skip.shape[2:]
         x, unit = x[..., :depth, :height, :width] + skip, self.unit
         y = self.again(x, unit.norm1, unit.act, unit.conv1)

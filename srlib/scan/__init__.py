@@ -18,6 +18,7 @@ from .definition import ORDERS, token_order
 from .mixer import (
     Weights,
     channel_norm,
+    doubled,
     gated,
     in_triton,
     mamba_mixer,
@@ -29,6 +30,6 @@ from .mixer import (
 from .operator import BackendState, backends, selective_scan
 
 __all__ = [
-    "ORDERS", "BackendState", "Weights", "backends", "channel_norm", "gated", "in_triton", "mamba_mixer",
+    "ORDERS", "BackendState", "Weights", "backends", "channel_norm", "doubled", "gated", "in_triton", "mamba_mixer",
     "mamba_mixers", "project", "rates", "scan_arguments", "selective_scan", "token_order",
 ]  # fmt: skip

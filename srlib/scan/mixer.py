@@ -102,7 +102,7 @@ def mamba_mixers(
 
 
 def in_triton(x: Tensor) -> bool:
-    """Tell that Triton's kernels compute mixers, gate, projection and norm of x."""
+    """Tell that Triton's kernels compute mixers, gate, projection, norm and upsampling of x."""
     return x.is_cuda and backends()["triton"].available and not triton_mixer.refuses(x)
 
 
@@ -132,6 +132,11 @@ def channel_norm(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
         return norm(x.transpose(1, 2))
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     return triton_mixer.channel_norm(x, norm.weight, norm.bias, norm.eps, dtype)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """A map x (B, C, D, H, W), interpolated trilinearly to (B, C, 2 D, 2 H, 2 W)."""
+    return (triton_mixer.double if in_triton(x) else triton_mixer.interpolated)(x)
 
 
 # --- The composition ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""ToM's mixers, its gate and LayerNorm over channels on a GPU in Triton.
+"""ToM's mixers, its gate and LayerNorm over channels, and the decoder's upsampling, on a GPU in Triton.
 
 `mixers` is the sum of `mamba_mixer` over orders. All orders go through the same launches:
 
@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import triton
@@ -39,6 +40,7 @@ REGISTERS = {"walk": 64, "backward": 128}  # of a thread; fewer let more program
 TOGETHER = 2**25  # elements of x times orders in one launch
 STEPS = 32  # steps of a program of the convolution, times 32 channels
 SUMS = 512  # programs that share a sum over tokens
+VOXELS = 128  # of a program of the upsampling's gradient
 
 
 def _kernels() -> ModuleType:
@@ -420,3 +422,24 @@ channel_norm = register(
     "channel_norm", "Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype",
     _norm, _norm_backward, output=_norm_output,
 )  # fmt: skip
+
+
+def interpolated(x: Tensor, *_: Tensor) -> Tensor:
+    """`double` with torch's own gradient."""
+    return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
+
+
+def _double_backward(grad: Tensor, _: Tensor, x: Tensor) -> list[Tensor]:
+    dx, sizes = x.new_empty(x.shape), x.shape[2:]
+    grid = (x.shape[:2].numel() * -(-sizes.numel() // VOXELS),)
+    launch(
+        _kernels().undouble, grid, x, grad.contiguous(), dx, *sizes, BLOCK=VOXELS, num_warps=4
+    )  # fmt: skip
+    return [dx]
+
+
+# Trilinear interpolation of a map x (B, C, D, H, W) to (B, C, 2 D, 2 H, 2 W). torch sums its gradient with atomic
+# additions, so that its bits differ from time to time.
+double = register(
+    "double", "Tensor x", interpolated, _double_backward, like=_contiguous, output=interpolated
+)

@@ -1,4 +1,4 @@
-"""Triton kernels of the fused mixer, of LayerNorm over channels and of the gate; `triton_mixer.py` launches them.
+"""Triton kernels of the fused mixer, the gate, LayerNorm and upsampling; `triton_mixer.py` launches them.
 
 Every order has its own sequences, in its *order of visit*: `convolve` reads the tokens of x where they lie and
 writes u as the order visits them, so that u, what is projected from it and their gradients are plain sequences.
@@ -578,3 +578,28 @@ def norm_backward(
     sums += (b * tl.num_programs(0) + tl.program_id(0)) * 2 * channels + c
     tl.store(sums, by_weight, c < channels)
     tl.store(sums + channels, by_bias, c < channels)
+
+
+@triton.jit(do_not_specialize=("depth", "height", "width"))
+def undouble(grad, out, depth, height, width, BLOCK: tl.constexpr):
+    """The gradient by maps (rows, D, H, W), from that by their trilinear interpolation (rows, 2 D, 2 H, 2 W).
+
+    Along each axis (g[2 i - 1] + 3 g[2 i] + 3 g[2 i + 1] + g[2 i + 2]) / 4; beyond a border is the border's voxel.
+    """
+    size = depth * height * width
+    blocks = tl.cdiv(size, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    z, y, x = at // (height * width), at // width % height, at % width
+    plane = height.to(tl.int64) * width * 4
+    grad += row * depth * 2 * plane
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(4):
+        above = tl.minimum(tl.maximum(2 * z + i - 1, 0), 2 * depth - 1) * plane
+        for j in tl.static_range(4):
+            line = above + tl.minimum(tl.maximum(2 * y + j - 1, 0), 2 * height - 1) * (2 * width)
+            for k in tl.static_range(4):
+                there = line + tl.minimum(tl.maximum(2 * x + k - 1, 0), 2 * width - 1)
+                value = tl.load(grad + there, at < size, 0.0).to(tl.float32)
+                total += value * (3 ** ((i % 3 > 0) + (j % 3 > 0) + (k % 3 > 0)) / 64)
+    tl.store(out + row * size + at, total, at < size)

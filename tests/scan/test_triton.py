@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -253,6 +254,51 @@ def test_gate_projection_rates_and_norm():
             lambda x, w, b: F.layer_norm(x.flatten(2).mT, (3,), w, b, 1e-5),
             *(x, random(3), random(3)),
         )
+
+
+def by_torch(x: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
+
+
+def upsampled(x: torch.Tensor, grad: torch.Tensor) -> tuple[list, list]:
+    """Output and gradient of the kernel, and of torch on the CPU in float64."""
+    expected = gradients(by_torch, [x.double().cpu()], grad.double().cpu())
+    return gradients(triton_mixer.double, [x], grad), [t.to(DEVICE) for t in expected]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes", "block"),
+    [
+        *((1, sizes, 128) for sizes in product(range(1, 6), repeat=3)),
+        (6, (2, 5, 3), 16),  # two blocks a row, the second one not filled
+        (6, (1, 4, 4), 8),
+    ],
+    ids=str,
+)
+def test_gradient_of_upsampling(monkeypatch, rows, sizes, block):
+    monkeypatch.setattr(triton_mixer, "VOXELS", block)
+    torch.manual_seed(5)
+    x = torch.randn(-(-rows // 3), min(rows, 3), *sizes, device=DEVICE)
+    found, expected = upsampled(x, torch.randn_like(by_torch(x)))
+    assert torch.equal(found[0], by_torch(x))
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_upsampling_rounds_its_gradient_once_and_takes_any_strides(dtype):
+    torch.manual_seed(6)
+    x = torch.randn(2, 3, 4, 3, 5, device=DEVICE, dtype=dtype).transpose(2, 4)
+    grad = torch.randn(2, 3, 10, 6, 16, device=DEVICE, dtype=dtype)[..., ::2]
+    (y, found), (_, expected) = upsampled(x, grad)
+    assert y.dtype == found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+        assert triton_mixer.double(x).dtype == by_torch(x).dtype == dtype
+
+
+def test_upsampling_is_known_to_torch_s_tools():
+    x = torch.randn(2, 3, 2, 1, 3, device=DEVICE).contiguous(memory_format=torch.channels_last_3d)
+    torch.library.opcheck(torch.ops.srlib.double, (x.requires_grad_(), True))
 
 
 def test_what_does_not_fit_is_named():
