@@ -166,10 +166,11 @@ def fits() -> pd.DataFrame:
 
 
 def cost() -> pd.DataFrame:
-    """A row a grid, then all of them, each run once: runs, steps, hours of a GPU.
+    """A row a grid, then all of them, each run once: runs, steps, hours of a GPU; runs that are there, their hours.
 
     Hours by the captured step of `results/reference/gpu/plan_steps.csv`, without samples. A step on volumes of the
     diagnostic task counts by its voxels, one of the released variant, which was not measured, as the convolution's.
+    `recorded hours` are those of the trainings where they were done, on whatever device, beside others on it.
     """
     step = grid.plan_steps()
     grids = {name: grid.configs(name) for name in grid.GRIDS}
@@ -182,6 +183,9 @@ def cost() -> pd.DataFrame:
         milliseconds = pd.Series([step.get(config.system, step["conv"]) for config in configs])
         hours = (steps * of_plan * milliseconds).sum() / 3.6e6
         rows[name] = {"runs": len(configs), "steps": steps.sum(), "GPU hours": hours}
+        there = [grid.kept(c.dataset).records.get(grid.run_name(c)) for c in configs]
+        taken = [record.get("training_seconds", 0) / 3600 for record in there if record]
+        rows[name] |= {"kept": len(taken), "recorded hours": sum(taken)}
     return pd.DataFrame(rows).T.rename_axis("grid")
 
 

@@ -112,6 +112,18 @@ def test_a_training_is_the_same_again(monkeypatch):
     assert usual["ms_per_step"] > 0
 
 
+def test_scores_of_the_default_profile_are_means_over_classes_then_cases(tmp_path, monkeypatch):
+    monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path))
+    train = benchmark("train")
+    scored = "case,class,dice\n1,a,0.5\n1,b,0.7\n2,a,0.9\n2,b,1.0\n"
+    monkeypatch.setattr(train.grid, "compute_run", lambda run: (scored, {"device_name": "a CPU"}))
+    invoke(train, "default", tmp_path / "default.csv", "--seeds", 2)
+    rows = tables.read(tmp_path / "default.csv")
+    assert rows["dice"].tolist() == pytest.approx([0.775, 0.775])
+    assert rows["seed"].tolist() == [0, 1]
+    assert (rows["cpu_minutes"] >= 0).all()
+
+
 def test_several_processes_are_compared_with_one(tmp_path, monkeypatch):
     train = benchmark("train")
     config = config_for("smoke", "mni152", steps=2)

@@ -280,7 +280,8 @@ def gains(name: str) -> pd.DataFrame:
     """Lead of SegResMamba's mean Dice over each rival's, within each case, in points (hundredths).
 
     Of a rival that `Lead.ahead` names it is that system's lead. Intervals are `low_all` and `high_all` of
-    `srlib.study.statistics`: over other cases and other seeds, corrected.
+    `srlib.study.statistics`: over other cases and other seeds, corrected: for the question whether the lead is within
+    the margin where it is, else for the question whether it is zero.
 
     Returns:
         A row for each rival, by title: points `printed` and found `here`, its interval's `low` and `high`, `n` cases,
@@ -297,14 +298,23 @@ def gains(name: str) -> pd.DataFrame:
     there = {rival: of for rival, of in ahead.items() if rival in whole[of]}
     if not there:
         raise FileNotFoundError(f"no committed runs: grids {', '.join(_DECIDING)}")
-    found = statistics.compare(
-        cases, there, ("dice",), (statistics.MEAN,), margin=lead.margin / 100
-    ).set_index("system")
-    table = pd.DataFrame({"printed": lead.rivals, "here": -100 * found["difference"]})
-    table = table.assign(low=-100 * found["high_all"], high=-100 * found["low_all"], n=found["n"])
+    margin = lead.margin
+    of_zero, of_margin = (
+        statistics.compare(
+            cases, there, ("dice",), (statistics.MEAN,), margin=either_way / 100
+        ).set_index("system")
+        for either_way in (0.0, margin)
+    )
+    table = pd.DataFrame({"printed": lead.rivals, "here": -100 * of_zero["difference"]})
+    low, high = -100 * of_margin["high_all"], -100 * of_margin["low_all"]
+    comparable = (low > -margin) & (high < margin)
+    # Better or not is a question of its own, with a correction of its own.
+    low = low.where(comparable, -100 * of_zero["high_all"])
+    high = high.where(comparable, -100 * of_zero["low_all"])
+    table = table.assign(low=low, high=high, n=of_zero["n"])
     table["runs"] = cases.groupby("system")["run"].nunique()
-    low, high, margin = table["low"], table["high"], lead.margin
-    words = {"comparable": (low > -margin) & (high < margin), "ahead": low > 0, "behind": high < 0}
+    comparable = comparable.reindex(table.index, fill_value=False)
+    words = {"comparable": comparable, "ahead": table["low"] > 0, "behind": table["high"] < 0}
     otherwise = OPEN if margin else NO_GAIN
     table["is"] = np.select([*words.values(), table["here"].isna()], [*words, UNTESTED], otherwise)
     return table.rename(_ROWS)
