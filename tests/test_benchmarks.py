@@ -117,7 +117,7 @@ def test_scores_of_the_default_profile_are_means_over_classes_then_cases(tmp_pat
     train = benchmark("train")
     scored = "case,class,dice\n1,a,0.5\n1,b,0.7\n2,a,0.9\n2,b,1.0\n"
     monkeypatch.setattr(train.grid, "compute_run", lambda run: (scored, {"device_name": "a CPU"}))
-    invoke(train, "default", tmp_path / "default.csv", "--seeds", 2)
+    invoke(train, "default", tmp_path / "default.csv", "--dataset", "mni152", "--seeds", 2)
     rows = tables.read(tmp_path / "default.csv")
     assert rows["dice"].tolist() == pytest.approx([0.775, 0.775])
     assert rows["seed"].tolist() == [0, 1]
