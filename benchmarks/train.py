@@ -9,7 +9,6 @@ python benchmarks/train.py kill --kills 10      # results/reference/cpu/kill_tes
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import signal
@@ -38,7 +37,7 @@ from srlib import data, machine, tables
 from srlib.files import REFERENCE
 from srlib.run import train
 from srlib.run.captured import CapturedStep, capturable
-from srlib.run.runs import RunConfig, config_for, is_done
+from srlib.run.runs import RunConfig, config_for, is_done, run_dir
 from srlib.study import grid
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
@@ -216,8 +215,8 @@ def default(out: Path, dataset: str = grid.DATASET, seeds: int = 3) -> None:
     for seed in range(seeds):
         config, begun = config_for("default", dataset, seed=seed), time.process_time()
         trained = is_done(config)
-        table, record = grid.compute_run(config)
-        cases = pd.read_csv(io.StringIO(table), dtype={"case": str}).groupby("case")["dice"].mean()
+        _, record = grid.compute_run(config)
+        cases = tables.read(run_dir(config) / "metrics.csv").groupby("case")["dice"].mean()
         row = {"dataset": dataset, "fold": config.fold, "seed": seed, "steps": config.steps}
         row |= {"cases": len(cases), "dice": cases.mean(), "device": record["device_name"]}
         row["cpu_minutes"] = nan if trained else (time.process_time() - begun) / 60

@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from srlib import files, tables
-from srlib.run.runs import config_for
+from srlib.run.runs import config_for, run_dir
 
 
 def benchmark(name: str) -> ModuleType:
@@ -115,8 +115,14 @@ def test_a_training_is_the_same_again(monkeypatch):
 def test_scores_of_the_default_profile_are_means_over_classes_then_cases(tmp_path, monkeypatch):
     monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path))
     train = benchmark("train")
-    scored = "case,class,dice\n1,a,0.5\n1,b,0.7\n2,a,0.9\n2,b,1.0\n"
-    monkeypatch.setattr(train.grid, "compute_run", lambda run: (scored, {"device_name": "a CPU"}))
+    scores = "case,class,dice\n1,a,0.5\n1,b,0.7\n2,a,0.9\n2,b,1.0\n"
+
+    def compute_run(config):
+        run_dir(config).mkdir(parents=True)
+        (run_dir(config) / "metrics.csv").write_text(scores)
+        return "", {"device_name": "a CPU"}
+
+    monkeypatch.setattr(train.grid, "compute_run", compute_run)
     invoke(train, "default", tmp_path / "default.csv", "--dataset", "mni152", "--seeds", 2)
     rows = tables.read(tmp_path / "default.csv")
     assert rows["dice"].tolist() == pytest.approx([0.775, 0.775])
