@@ -355,9 +355,8 @@ def joules(function: Callable[[], object], number: int) -> float:
     import pynvml
 
     pynvml.nvmlInit()
-    uuid = (
-        torch.cuda.get_device_properties().uuid
-    )  # an index may be another's: $CUDA_VISIBLE_DEVICES
+    # By UUID: with $CUDA_VISIBLE_DEVICES NVML's index may be another board's.
+    uuid = torch.cuda.get_device_properties().uuid
     board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     counts = [pynvml.nvmlDeviceGetTotalEnergyConsumption(board)]
     for _ in range(number):

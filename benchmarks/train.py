@@ -37,7 +37,7 @@ from srlib import data, machine, tables
 from srlib.files import REFERENCE
 from srlib.run import train
 from srlib.run.captured import CapturedStep, capturable
-from srlib.run.runs import RunConfig, config_for, is_done, run_dir
+from srlib.run.runs import RunConfig, config_for, run_dir
 from srlib.study import grid
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
@@ -209,17 +209,17 @@ def default(out: Path, dataset: str = grid.DATASET, seeds: int = 3) -> None:
     """Train and score the default profile on a data set's fold 0 with some seeds, one after the other.
 
     Columns: `dataset`, `fold`, `seed`, `steps`, `cases` (held out), `dice` (mean over classes, then cases),
-    `cpu_minutes` (processor time of the training and of scoring it; empty where it was trained before).
+    `cpu_minutes` (processor time of the training and of scoring it; empty where that was begun before).
     """
     rows: list[dict] = []
     for seed in range(seeds):
         config, begun = config_for("default", dataset, seed=seed), time.process_time()
-        trained = is_done(config)
+        begun_before = run_dir(config).exists()
         _, record = grid.compute_run(config)
         cases = tables.read(run_dir(config) / "metrics.csv").groupby("case")["dice"].mean()
         row = {"dataset": dataset, "fold": config.fold, "seed": seed, "steps": config.steps}
         row |= {"cases": len(cases), "dice": cases.mean(), "device": record["device_name"]}
-        row["cpu_minutes"] = nan if trained else (time.process_time() - begun) / 60
+        row["cpu_minutes"] = nan if begun_before else (time.process_time() - begun) / 60
         rows.append(row)
         machine.write_table(pd.DataFrame(rows), out)
         print(row, flush=True)
