@@ -22,12 +22,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from srlib import data, tables
+from srlib import data, machine
 from srlib.data import labels, scans
 from srlib.data.cases import FOLDS
 from srlib.data.catalog import MEAN
 from srlib.files import DataError, atomic_folder, atomic_path, locked, results_root, slug
-from srlib.machine import device
 from srlib.net.model import FEATURES
 from srlib.study import statistics
 
@@ -63,7 +62,8 @@ def compare(
 
     Returns:
         The table of `srlib.study.statistics.compare`: each system minus SegResMamba in Dice, the mean of the
-        classes. It and the table of cases are written to the data set's folder of nnU-Net's results.
+        classes. It and the table of cases are written to the data set's folder of nnU-Net's results, beside each the
+        device and versions.
 
     Raises:
         ImportError: nnunetv2 is not installed.
@@ -95,9 +95,9 @@ def compare(
                 found = scores(results / f"{full}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}")
                 rows += [about | row for row in found]
     cases = pd.DataFrame(rows)
-    tables.write(cases, results / f"cases{budget}.csv")
+    machine.write_table(cases, results / f"cases{budget}.csv")
     table = statistics.compare(cases, REFERENCE, ["dice"], [MEAN])
-    tables.write(table, results / f"comparison{budget}.csv")
+    machine.write_table(table, results / f"comparison{budget}.csv")
     return table
 
 
@@ -201,7 +201,7 @@ def train(name: str, trainer: str, fold: int) -> None:
         PLANS,
         continue_training=begun and not trained,
         only_run_validation=trained,
-        device=torch.device(device().type),
+        device=torch.device(machine.device().type),
     )
 
 

@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 # Types of weights: as trained, rounded as in the repository's small networks, and counters.
-WEIGHTS = (torch.float32, torch.float16, torch.int64)
+WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.int64)
 BETAS = (0.9, 0.99)
 CLIP = 1.0  # norm of all gradients together
 AVERAGE = 0.998  # what a step keeps of the average
