@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
 from math import nan
 from multiprocessing import get_context
@@ -161,10 +162,10 @@ def compared(alone: list[dict[str, Any]], several: list[dict[str, Any]]) -> pd.D
 def determinism(out: Path, steps: int = 100) -> None:
     """Train `small` on hippocampus in three ways, each twice, in fresh processes.
 
-    Columns: `algorithms` (`usual`; `cudnn`, cuDNN's deterministic ones; `deterministic`, all of torch's), `steps` of 8
-    patches, `ms_per_step` (the median of the second half, samples included), `sha256` of the weights, `same` (as the
-    first row of its kind), `nondeterministic` (the operators that have no deterministic implementation, by torch's
-    warnings).
+    Columns: `algorithms` (`usual`, cuDNN chooses among all; `cudnn`, among its deterministic ones, as `train` has it;
+    `deterministic`, all of torch's), `steps` of 8 patches, `ms_per_step` (the median of the second half, samples
+    included), `sha256` of the weights, `same` (as the first row of its kind), `nondeterministic` (the operators that
+    have no deterministic implementation, by torch's warnings).
     """
     config = config_for("default", "hippocampus", steps=steps, batch_size=8)
     rows, first = [], {}
@@ -179,7 +180,7 @@ def determinism(out: Path, steps: int = 100) -> None:
 
 def train_once(config: RunConfig, algorithms: str) -> dict[str, Any]:
     """Time and weights of a training; what is not `usual` stays so in this process."""
-    torch.backends.cudnn.deterministic |= algorithms == "cudnn"
+    flags = train.same_bits if algorithms == "cudnn" else nullcontext
     if algorithms == "deterministic":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # is read when CUDA starts
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -187,6 +188,7 @@ def train_once(config: RunConfig, algorithms: str) -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.dict(os.environ, SRLIB_RESULTS=folder),
+        patch.object(train, "same_bits", flags),
         warnings.catch_warnings(record=True) as said,
     ):
         warnings.simplefilter("always")

@@ -37,7 +37,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -266,7 +266,7 @@ def train(
         fabric, dataset = launch(config), open_data(config)
         with fabric.rank_zero_first():  # the others find the cases checked
             dataset.check(config.fold)
-        with locked(folder) if is_first_process() else nullcontext():
+        with locked(folder) if is_first_process() else nullcontext(), same_bits():
             if not fabric.broadcast(is_done(config)):
                 _train(fabric, config, dataset, folder, progress, checkpoint_seconds)
     model = restore(load_trained(folder), folder)
@@ -290,6 +290,17 @@ def restore(trained: Trained, file: Path) -> nn.Module:
             f"{file}: its weights are not those of the network that it describes: {reason:.200}"
         ) from error
     return labels.scoring(model, trained.entry).to(device()).eval()
+
+
+@contextmanager
+def same_bits() -> Iterator[None]:
+    """Have cuDNN take deterministic algorithms only: a training on a GPU gives the same weights every time."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def launch(config: RunConfig) -> Fabric:

@@ -429,6 +429,12 @@ def interpolated(x: Tensor, *_: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
 
 
+def _double(x: Tensor, *_: Tensor) -> Tensor:
+    return interpolated(
+        x.contiguous()
+    )  # else torch on a GPU and its fake tensors lay it out differently
+
+
 def _double_backward(grad: Tensor, _: Tensor, x: Tensor) -> list[Tensor]:
     dx, sizes = x.new_empty(x.shape), x.shape[2:]
     grid = (x.shape[:2].numel() * -(-sizes.numel() // VOXELS),)
@@ -440,6 +446,4 @@ def _double_backward(grad: Tensor, _: Tensor, x: Tensor) -> list[Tensor]:
 
 # Trilinear interpolation of a map x (B, C, D, H, W) to (B, C, 2 D, 2 H, 2 W). torch sums its gradient with atomic
 # additions, so that its bits differ from time to time.
-double = register(
-    "double", "Tensor x", interpolated, _double_backward, like=_contiguous, output=interpolated
-)
+double = register("double", "Tensor x", _double, _double_backward, like=_contiguous, output=_double)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from srlib.run import train
 from srlib.run.captured import WARM_UP, CapturedStep, capturable, set_learning_rate
+from srlib.run.runs import config_for
 
 
 def weights_after(
@@ -42,6 +44,24 @@ def test_captured_steps_give_the_weights_of_steps_as_they_are():
     found, step = weights_after(WARM_UP + 5, "cuda", captured=True)
     assert step.graph is not None, step.reason
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a CPU's bits are tested")
+def test_two_trainings_on_a_gpu_give_the_same_weights(tmp_path, monkeypatch):
+    found = []
+    for name in ("first", "second"):
+        monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path / name))
+        run = train.train(config_for("default", "cue-008", steps=WARM_UP + 20), progress=False)
+        found.append(train.load_trained(run.run_dir).weights)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_cudnn_is_deterministic_in_a_training_and_as_before_afterwards(monkeypatch, before):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", before)
+    with train.same_bits():
+        assert torch.backends.cudnn.deterministic
+    assert torch.backends.cudnn.deterministic == before
 
 
 def test_elsewhere_steps_run_as_they_are_and_the_log_says_why(caplog):

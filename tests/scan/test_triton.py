@@ -293,7 +293,7 @@ def test_upsampling_rounds_its_gradient_once_and_takes_any_strides(dtype):
     assert y.dtype == found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-        assert triton_mixer.double(x).dtype == by_torch(x).dtype == dtype
+        assert triton_mixer.double(x).dtype == by_torch(x).dtype  # on a GPU float32
 
 
 def test_upsampling_is_known_to_torch_s_tools():
