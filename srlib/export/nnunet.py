@@ -11,8 +11,10 @@ import json
 import math
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,20 @@ def convert(dataset: str) -> tuple[str, Splits]:
     return name, splits
 
 
+def load_lazy_modules() -> None:
+    """Load what modules load when they are asked where they come from.
+
+    nnU-Net asks all of them while it goes through `sys.modules`, which must not grow then.
+    """
+    count = 0
+    while count != len(sys.modules):
+        count = len(sys.modules)
+        for module in list(sys.modules.values()):
+            with suppress(Exception):  # a lazy module of a package that is not installed
+                if getattr(module, "__file__", None) is None:
+                    list(getattr(module, "__path__", None) or ())
+
+
 def train(name: str, trainer: str, fold: int) -> None:
     """Train one fold, or go on with it, or only score it; nothing where that was done."""
     from nnunetv2.run.run_training import run_training
@@ -193,6 +209,7 @@ def train(name: str, trainer: str, fold: int) -> None:
         return
     trained = (folder / "checkpoint_final.pth").is_file()
     begun = any(folder.glob("checkpoint_*.pth"))
+    load_lazy_modules()
     run_training(
         name,
         CONFIGURATION,

@@ -23,6 +23,7 @@ implementations). Aggregation follows Metrics Reloaded (Maier-Hein et al. 2024),
 | `level` | level of the step at which Holm's procedure decides on that row, 95 % or higher | |
 | `low_all`, `high_all` | interval of that level for other cases (BCa) and seeds (Student), by MOVER | `scipy.stats.t` |
 | `signed_rank` | Wilcoxon's p of the differences of these trainings, not corrected | `scipy.stats.wilcoxon` |
+| `signed_rank_holm` | the same, corrected | `statsmodels`' `multipletests` |
 | `detectable` | mean difference that such cases show with 80 % power at 5 % | `statsmodels` `TTestPower` |
 
 `low` and `high` speak of other cases for these trained networks, and leave out that another training gives another
@@ -152,8 +153,8 @@ def compare(
 
     Returns:
         Columns `system`, `reference`, `class`, `metric`, `n`, `difference`, `low`, `high`, `low_all`, `high_all`,
-        `level`, `sd_cases`, `se_seeds`, `df_seeds`, `p`, `p_holm`, `signed_rank`, `detectable`; NaN where they need
-        trainings that differ in their seed only and no system has any.
+        `level`, `sd_cases`, `se_seeds`, `df_seeds`, `p`, `p_holm`, `signed_rank`, `detectable`, `signed_rank_holm`;
+        NaN where they need trainings that differ in their seed only and no system has any.
     """
     if isinstance(reference, str):
         paired = differences(cases, reference, metrics)
@@ -190,6 +191,7 @@ def compare(
             | {"signed_rank": signed_rank(values), "detectable": detectable(values)}
         )
     table = pd.DataFrame(rows)
+    table["signed_rank_holm"] = multipletests(table["signed_rank"], method="holm")[1]
     if (known := table["p"].notna()).any():
         p = table.loc[known, "p"].to_numpy()
         table.loc[known, "p_holm"] = multipletests(p, method="holm")[1]
@@ -202,7 +204,7 @@ def compare(
 def in_words(row: Mapping[Any, Any]) -> str:
     """One row of `compare` as a sentence; that there is no difference is an interval, too."""
     number = "{:+.3f}".format
-    seeds = "trained with one seed"
+    seeds = f"trained with one seed; of these trainings Wilcoxon's p, corrected: {row['signed_rank_holm']:.2g}"
     if not math.isnan(row["se_seeds"]):
         ends = f"{number(row['low_all'])} to {number(row['high_all'])}"
         seeds = f"{ends} with other seeds and corrected, p {row['p_holm']:.2g}"
@@ -241,9 +243,8 @@ def cue_accuracy(cases: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Columns `system`, `title`, `task`, `axis` (along which the mark is far), `distance`, `seed`, `accuracy`,
-        `found`. Of the voxels that are called A or B in all
-        held-out volumes, `accuracy` is the share called right: 1/2 when targets are found but not told apart. `found`
-        is their number over that of the targets' voxels.
+        `found`. Of the voxels that are called A or B in all held-out volumes, `accuracy` is the share called right:
+        1/2 when targets are found but not told apart. `found` is their number over that of the targets' voxels.
     """
     recipes = [(name, recipe) for of in TASKS_OF.values() for name, recipe in of.items()]
     table = cases.assign(

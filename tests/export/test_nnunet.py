@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -79,6 +79,23 @@ def test_scores_are_nnunet_s_and_1_where_a_class_is_in_neither_mask(tmp_path):
     summary.write_text(json.dumps({"metric_per_case": cases}))
     found = pd.DataFrame(nnunet.scores(tmp_path / "fold_0")).to_dict("list")
     assert found == {"case": ["a", "a"], "class": ["left", "right"], "dice": [0.5, 1.0]}
+
+
+class Lazy(ModuleType):
+    """A module that loads another one when it is asked for its path, as some packages have."""
+
+    def __getattr__(self, name):
+        sys.modules.setdefault(f"{self.__name__}_{name}", ModuleType("loaded"))
+        raise ImportError("a package that is not installed")
+
+
+def test_modules_that_load_others_when_they_are_asked_have_done_so(monkeypatch):
+    monkeypatch.setattr(sys, "modules", sys.modules | {"lazy": Lazy("lazy")})
+    nnunet.load_lazy_modules()
+    before = dict(sys.modules)
+    assert "lazy___file__" in before or "lazy___path__" in before
+    nnunet.load_lazy_modules()
+    assert sys.modules == before
 
 
 def test_trainers_are_found_by_name_with_size_and_budget():

@@ -87,9 +87,9 @@ def test_state_dicts_with_the_former_names_load(tom):
         model.load_state_dict({**wanted, "blocks.0.inner.4.0.weight": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("dataset", ["hippocampus", "mni152"])
-def test_published_networks_load(dataset):
-    trained = load_trained(files.REFERENCE / dataset / "tiny.safetensors")
+@pytest.mark.parametrize("name", ["hippocampus/tiny", "hippocampus/small", "mni152/tiny"])
+def test_published_networks_load(name):
+    trained = load_trained(files.REFERENCE / f"{name}.safetensors")
     model = build_model(trained.config, trained.entry)
     model.load_state_dict(trained.weights)
     for name, parameter in model.named_parameters():

@@ -251,6 +251,13 @@ def test_a_difference_in_words_is_an_interval():
     assert "one seed" in statistics.in_words(row | {"se_seeds": math.nan})
 
 
+def test_signed_ranks_are_corrected_over_the_rows_of_a_call():
+    table = statistics.compare(case_tables.cases(), "segresmamba", DICE)
+    expected = multipletests(table["signed_rank"], method="holm")[1]
+    np.testing.assert_array_equal(table["signed_rank_holm"], expected)
+    assert (table["signed_rank_holm"] > table["signed_rank"]).any()
+
+
 def test_what_is_compared_has_to_be_there():
     for asked in ({"classes": ["liver"]}, {"systems": ["unet"]}):
         with pytest.raises(ValueError, match=r"has no (class liver|system unet)"):
