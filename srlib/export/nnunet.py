@@ -87,15 +87,14 @@ def compare(
     endings = {own: ("" if own == "nnU-Net" or size == "paper" else f"_{size}") for own in SYSTEMS}
     results = place("results") / name
     rows: list[dict[str, Any]] = []
-    with locked(results):
-        for fold in folds:
-            for system, trainer in SYSTEMS.items():
-                full = f"{trainer}{endings[system]}{budget}"
-                train(name, full, fold)
-                about = {"system": system, "fold": fold, "seed": 0}
-                about |= {"steps": epochs * iterations, "minutes": math.nan}
-                found = scores(results / f"{full}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}")
-                rows += [about | row for row in found]
+    for fold in folds:
+        for system, trainer in SYSTEMS.items():
+            full = f"{trainer}{endings[system]}{budget}"
+            train(name, full, fold)
+            about = {"system": system, "fold": fold, "seed": 0}
+            about |= {"steps": epochs * iterations, "minutes": math.nan}
+            found = scores(results / f"{full}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}")
+            rows += [about | row for row in found]
     cases = pd.DataFrame(rows)
     machine.write_table(cases, results / f"cases{budget}.csv")
     table = statistics.compare(cases, REFERENCE, ["dice"], [MEAN])
@@ -137,7 +136,9 @@ def prepare(dataset: str) -> str:
     if not all(isinstance(value, int) for value in about["labels"].values()):
         raise DataError(f"{dataset}: its classes overlap; expected classes that exclude each other")
     ready = folder / f"ready-{CONFIGURATION}"
-    if not ready.is_file():
+    with locked(folder):
+        if ready.is_file():
+            return name
         processes = min(8, os.cpu_count() or 1)
         api.extract_fingerprints([number], num_processes=processes)
         api.plan_experiments([number])
@@ -201,25 +202,26 @@ def load_lazy_modules() -> None:
 
 
 def train(name: str, trainer: str, fold: int) -> None:
-    """Train one fold, or go on with it, or only score it; nothing where that was done."""
+    """Train one fold, or go on with it, or only score it; nothing where that was done, or another process does it."""
     from nnunetv2.run.run_training import run_training
 
     folder = place("results") / name / f"{trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}"
-    if (folder / "validation" / "summary.json").is_file():
-        return
-    trained = (folder / "checkpoint_final.pth").is_file()
-    begun = any(folder.glob("checkpoint_*.pth"))
-    load_lazy_modules()
-    run_training(
-        name,
-        CONFIGURATION,
-        fold,
-        trainer,
-        PLANS,
-        continue_training=begun and not trained,
-        only_run_validation=trained,
-        device=torch.device(machine.device().type),
-    )
+    with locked(folder):
+        if (folder / "validation" / "summary.json").is_file():
+            return
+        trained = (folder / "checkpoint_final.pth").is_file()
+        begun = any(folder.glob("checkpoint_*.pth"))
+        load_lazy_modules()
+        run_training(
+            name,
+            CONFIGURATION,
+            fold,
+            trainer,
+            PLANS,
+            continue_training=begun and not trained,
+            only_run_validation=trained,
+            device=torch.device(machine.device().type),
+        )
 
 
 def scores(fold: Path) -> Iterator[dict[str, Any]]:

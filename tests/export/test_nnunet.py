@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 
 import nibabel as nib
@@ -158,6 +159,26 @@ def test_a_step_is_nnunet_s(monkeypatch, scaled):
     near = {"rtol": 0, "atol": 0} if device.type == "cpu" else {"rtol": 0.02, "atol": 0.02}
     torch.testing.assert_close(found, expected, **near)
     assert found[0][0] > found[0][-1]  # it learns
+
+
+def test_one_process_trains_and_another_waits_for_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    fold = tmp_path / "Dataset007_X" / f"T__{nnunet.PLANS}__{nnunet.CONFIGURATION}" / "fold_0"
+    calls = []
+
+    def run_training(*args, **options):
+        calls.append(options["continue_training"])
+        time.sleep(0.5)
+        (fold / "validation").mkdir()
+        (fold / "validation" / "summary.json").touch()
+
+    module = ModuleType("nnunetv2.run.run_training")
+    module.run_training = run_training
+    for name in ("nnunetv2", "nnunetv2.run", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: nnunet.train("Dataset007_X", "T", 0), range(2)))
+    assert calls == [False]
 
 
 def test_what_cannot_be_trained_is_refused(monkeypatch):
