@@ -303,6 +303,7 @@ def milliseconds(function: Callable[[], object], number: int) -> float:
     return median(times)
 
 
+@train.same_bits()
 def measure_step(
     make: Callable[[], Step], draw: Callable[[], tuple[Tensor, Tensor]]
 ) -> dict[str, float]:

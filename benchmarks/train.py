@@ -118,6 +118,7 @@ def losses(config: RunConfig, folder: Path) -> dict[str, list[list[float]]]:
     return {"losses": found}
 
 
+@train.same_bits()
 def times(config: RunConfig) -> dict[str, float]:
     """Median times of a training step on a random batch, those of the slowest process."""
     fabric, entry = train.launch(config), data.get(config.dataset)
@@ -179,7 +180,7 @@ def determinism(out: Path, steps: int = 100) -> None:
 
 
 def train_once(config: RunConfig, algorithms: str) -> dict[str, Any]:
-    """Time and weights of a training; what is not `usual` stays so in this process."""
+    """Time and weights of a training; what is `deterministic` stays so in this process."""
     flags = train.same_bits if algorithms == "cudnn" else nullcontext
     if algorithms == "deterministic":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # is read when CUDA starts

@@ -13,6 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from srlib import files, tables
+from srlib.run import train
 from srlib.run.runs import config_for, run_dir
 
 
@@ -93,12 +94,17 @@ def test_only_rows_that_are_missing_or_failed_are_measured(step, tmp_path, monke
 
 def test_a_training_is_the_same_again(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    flags, take = [], train.training_step
+
+    def training_step(*given):
+        flags.append(torch.backends.cudnn.deterministic)
+        return take(*given)
+
+    monkeypatch.setattr(train, "training_step", training_step)
     fill = torch.utils.deterministic.fill_uninitialized_memory
     once, config = benchmark("train").train_once, config_for("smoke", "mni152", steps=4)
     try:
         usual, cudnn = once(config, "usual"), once(config, "cudnn")
-        assert torch.backends.cudnn.deterministic
         again = once(config, "deterministic")
     finally:
         torch.use_deterministic_algorithms(False)
@@ -109,6 +115,7 @@ def test_a_training_is_the_same_again(monkeypatch):
         == again["sha256"]
         != once(config_for("smoke", "mni152", steps=2), "usual")["sha256"]
     )
+    assert flags[:2] == [False, True]
     assert usual["ms_per_step"] > 0
 
 

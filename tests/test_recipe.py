@@ -30,7 +30,8 @@ def test_losses_move_only_with_the_recipe(tmp_path, monkeypatch, in_float64):
     settings = {"steps": 3, "patch_size": PATCH, "batch_size": 2, "augment": False}
     config = runs.config_for("smoke", "mni152", precision="64-true", **settings)
     losses = torch.tensor(train.train(config).history["loss"].to_numpy())
-    torch.testing.assert_close(losses, torch.tensor(LOSSES[RECIPE]), rtol=1e-9, atol=0)
+    # The third one differs by 3e-9 between processors with AVX2 and with AVX-512.
+    torch.testing.assert_close(losses, torch.tensor(LOSSES[RECIPE]), rtol=1e-6, atol=0)
 
 
 def test_samples_move_only_with_the_recipe():

@@ -46,6 +46,7 @@ from zipfile import is_zipfile
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -294,7 +295,7 @@ def restore(trained: Trained, file: Path) -> nn.Module:
 
 @contextmanager
 def same_bits() -> Iterator[None]:
-    """Have cuDNN take deterministic algorithms only: a training on a GPU gives the same weights every time."""
+    """Have cuDNN take deterministic algorithms only, with which SegResMamba's training on a GPU can be repeated."""
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
     try:
@@ -348,13 +349,17 @@ def training_step(
 
     def step(image: Tensor, label: Tensor) -> Tensor:
         optimizer.zero_grad()
-        loss = loss_function(model(image), label)
-        fabric.backward(loss)
+        with record_function("forward pass and loss"):
+            loss = loss_function(model(image), label)
+        with record_function("backward pass"):
+            fabric.backward(loss)
         loss = loss.detach()
         # UNETR has parameters without a gradient.
         _average([loss, *(p.grad for p in network.parameters() if p.grad is not None)])
-        nn.utils.clip_grad_norm_(network.parameters(), SETTINGS[config.recipe].clip, foreach=True)
-        optimizer.step()
+        with record_function("clipping and optimizer"):
+            clip = SETTINGS[config.recipe].clip
+            nn.utils.clip_grad_norm_(network.parameters(), clip, foreach=True)
+            optimizer.step()
         return loss
 
     return network, adam, step

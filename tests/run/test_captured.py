@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from srlib import data
 from srlib.run import train
 from srlib.run.captured import WARM_UP, CapturedStep, capturable, set_learning_rate
 from srlib.run.runs import config_for
@@ -56,11 +57,36 @@ def test_two_trainings_on_a_gpu_give_the_same_weights(tmp_path, monkeypatch):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing can be captured")
+def test_a_training_s_captured_steps_give_the_weights_of_its_steps_as_they_are():
+    config, found = config_for("default", "cue-008", steps=1, model="tiny"), []
+    image = torch.randn(2, 1, 24, 24, 96, device="cuda")
+    label = torch.randint(3, (2, 1, 24, 24, 96), device="cuda")
+    for refusal in ("as it is", ""):
+        network, adam, step = train.training_step(train.launch(config), config, data.get("cue-008"))
+        capturable(adam)
+        take_step = CapturedStep(step, refusal)
+        with train.same_bits():
+            for _ in range(WARM_UP + 5):
+                take_step(image, label)
+        assert (take_step.graph is None) == bool(refusal), take_step.reason
+        found.append([p.detach() for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("before", [False, True])
-def test_cudnn_is_deterministic_in_a_training_and_as_before_afterwards(monkeypatch, before):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", before)
-    with train.same_bits():
+def test_cudnn_is_deterministic_in_a_training_and_as_before_afterwards(
+    monkeypatch, tmp_path, before
+):
+    def training(*given):
         assert torch.backends.cudnn.deterministic
+        raise KeyError
+
+    monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path))
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", before)
+    monkeypatch.setattr(train, "_train", training)
+    with pytest.raises(KeyError):
+        train.train(config_for("smoke", "cue-008", steps=1))
     assert torch.backends.cudnn.deterministic == before
 
 
