@@ -62,9 +62,10 @@ def network(dataset: str, size: str = "tiny", steps: int | None = None) -> None:
     file = predict.provided(dataset).with_stem(size)
     save_trained(file, rounded)
     also = ", and `00_start_here`" if size == "tiny" else ""
+    chosen = ". Recipe and rate were chosen on the held-out cases below" if size == "small" else ""
     precision = {"tiny": "half precision", "small": "bfloat16"}[size]
     use = USE.format(file=file.relative_to(files.ROOT), also=also, precision=precision)
-    use += f". Trained on {machine.device_name()}, commit {machine.commit()[0][:7]}"
+    use += f"{chosen}. Trained on {machine.device_name()}, commit {machine.commit()[0][:7]}"
     with files.atomic_path(file.with_suffix(".md")) as temporary:
         temporary.write_text(card(rounded, scores, use, LICENCE), encoding="utf-8")
     typer.echo(file.with_suffix(".md").read_text())

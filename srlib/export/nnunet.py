@@ -96,9 +96,10 @@ def compare(
             found = scores(results / f"{full}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}")
             rows += [about | row for row in found]
     cases = pd.DataFrame(rows)
-    machine.write_table(cases, results / f"cases{budget}.csv")
+    what = f"{size}{budget}_fold{'-'.join(map(str, sorted({*folds})))}"
+    machine.write_table(cases, results / f"cases_{what}.csv")
     table = statistics.compare(cases, REFERENCE, ["dice"], [MEAN])
-    machine.write_table(table, results / f"comparison{budget}.csv")
+    machine.write_table(table, results / f"comparison_{what}.csv")
     return table
 
 
@@ -124,7 +125,6 @@ def prepare(dataset: str) -> str:
             raise DataError(f"{dataset}: {error}") from error
     else:
         name, splits = convert(dataset)
-    number, folder = int(name[7:10]), place("preprocessed") / name
     file = place("raw") / name / "dataset.json"
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
@@ -135,20 +135,50 @@ def prepare(dataset: str) -> str:
         ) from error
     if not all(isinstance(value, int) for value in about["labels"].values()):
         raise DataError(f"{dataset}: its classes overlap; expected classes that exclude each other")
-    ready = folder / f"ready-{CONFIGURATION}"
+    folder = place("preprocessed") / name
+    ready, begun = (folder / f"{word}-{CONFIGURATION}" for word in ("ready", "begun"))
     with locked(folder):
         if ready.is_file():
             return name
-        processes = min(8, os.cpu_count() or 1)
-        api.extract_fingerprints([number], num_processes=processes)
-        api.plan_experiments([number])
-        api.preprocess([number], configurations=(CONFIGURATION,), num_processes=(processes,))
+        plans, cases = _planned(folder)
+        to_plan = plans is None or (begun.is_file() and begun.read_text() == "plans")
+        if begun.is_file() or not cases.is_dir():  # nnU-Net deletes what is there
+            with atomic_path(begun) as temporary:
+                temporary.write_text("plans" if to_plan else "cases")
+            number, processes = int(name[7:10]), min(8, os.cpu_count() or 1)
+            if to_plan:
+                api.extract_fingerprints([number], num_processes=processes)
+                api.plan_experiments([number])
+            api.preprocess([number], configurations=(CONFIGURATION,), num_processes=(processes,))
+        else:
+            ids = [
+                f.name.removesuffix(about["file_ending"])
+                for f in (file.parent / "labelsTr").iterdir()
+            ]
+            lacking = [i for i in sorted(ids) if not (cases / f"{i}.pkl").is_file()]
+            if to_plan or lacking:
+                raise DataError(
+                    f"{cases}: expected {plans or f'{PLANS}.json beside it'} and every training case"
+                    f"{f' (lacks {lacking[0]})' if lacking else ''}: finish it by nnUNetv2_preprocess, or remove it"
+                )
         if splits:
             with atomic_path(folder / "splits_final.json") as temporary:
                 temporary.write_text(json.dumps(splits))
         with atomic_path(ready):
             pass
     return name
+
+
+def _planned(folder: Path) -> tuple[Path | None, Path]:
+    """The plans that a data set has, and the folder of its preprocessed cases, whoever made them."""
+    plans, cases = folder / f"{PLANS}.json", f"{PLANS}_{CONFIGURATION}"
+    if not plans.is_file():
+        return None, folder / cases
+    try:
+        found = json.loads(plans.read_text(encoding="utf-8"))["configurations"][CONFIGURATION]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{plans}: expected plans with {CONFIGURATION} ({error})") from error
+    return plans, folder / found.get("data_identifier", cases)
 
 
 def convert(dataset: str) -> tuple[str, Splits]:
@@ -169,6 +199,14 @@ def convert(dataset: str) -> tuple[str, Splits]:
     splits = [{"train": s.train, "val": s.test} for s in map(opened.split, folds)]
     folder = place("raw") / name
     if folder.is_dir():
+        known = None
+        with suppress(OSError, ValueError, AttributeError):
+            known = json.loads((folder / "dataset.json").read_text()).get("fingerprint")
+        if known != opened.fingerprint:
+            raise DataError(
+                f"{folder}: was made of other cases than {dataset} has now; expected the same, or this folder and"
+                f" {place('preprocessed') / name} removed"
+            )
         return name, splits
     with atomic_folder(folder) as made:
         for part in ("imagesTr", "labelsTr"):
@@ -183,6 +221,7 @@ def convert(dataset: str) -> tuple[str, Splits]:
         classes = {name: number for number, name in enumerate(("background", *entry.classes))}
         about = {"channel_names": dict(enumerate(entry.modalities)), "labels": classes}
         about |= {"numTraining": len(ids), "file_ending": ".nii.gz"}
+        about["fingerprint"] = opened.fingerprint
         (made / "dataset.json").write_text(json.dumps(about, indent=1))
     return name, splits
 

@@ -340,7 +340,7 @@ def _ahead(name: str) -> Finding:
         said.append("one training a fold, so no interval for other trainings is known")
     elif not shown.any() and not lead.margin:
         against = "" if excluded.all() else f" against {names(found.index[excluded])}"
-        said.append(f"the printed gain is excluded{against} on these data")
+        said.append(f"the printed gain is excluded{against} on these data by this recipe")
     if (lacking := found.index[found["is"] == UNTESTED]).any():
         said.append(f"not tested against {names(lacking)}")
     return Finding(verdict(shown, excluded), "; ".join(said), found[["here", "low", "high"]])

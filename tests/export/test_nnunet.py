@@ -68,6 +68,14 @@ def test_a_folder_becomes_a_data_set_with_the_same_folds(folder):
             assert np.array_equal(written.get_fdata(), nib.load(path).get_fdata())
             np.testing.assert_allclose(written.affine, nib.load(path).affine, atol=1e-6)
     assert nnunet.convert(str(folder))[0] == name  # a second time nothing is written
+    label = sorted((folder / "labels").iterdir())[0]
+    loaded = nib.load(label.resolve())
+    label.unlink()
+    nib.save(
+        nib.Nifti1Image(np.roll(loaded.get_fdata(), 1, 0).astype(np.uint8), loaded.affine), label
+    )
+    with pytest.raises(ValueError, match="was made of other cases"):
+        nnunet.convert(str(folder))
 
 
 def test_scores_are_nnunet_s_and_1_where_a_class_is_in_neither_mask(tmp_path):
@@ -193,6 +201,66 @@ def test_what_cannot_be_trained_is_refused(monkeypatch):
         nnunet.compare("7", [0], 1)
 
 
+def fake(monkeypatch, place):
+    """Stand-ins for nnU-Net's preparation, and what they were asked for."""
+    asked, cases = [], place / f"{nnunet.PLANS}_{nnunet.CONFIGURATION}"
+
+    def preprocess(*_, **__):
+        asked.append("preprocess")
+        cases.mkdir(exist_ok=True)
+        (cases / "a.pkl").touch(), (cases / "b.pkl").touch()
+
+    def plan(*_):
+        asked.append("plan")
+        about = {"configurations": {nnunet.CONFIGURATION: {"data_identifier": cases.name}}}
+        (place / f"{nnunet.PLANS}.json").write_text(json.dumps(about))
+
+    api = SimpleNamespace(
+        extract_fingerprints=lambda *_, **__: None, plan_experiments=plan, preprocess=preprocess
+    )
+    planning, names = ModuleType("planning"), ModuleType("names")
+    planning.plan_and_preprocess_api, names.maybe_convert_to_dataset_name = api, lambda x: x
+    for name, module in (
+        ("nnunetv2", ModuleType("nnunetv2")),
+        ("nnunetv2.utilities", ModuleType("utilities")),
+        ("nnunetv2.experiment_planning", planning),
+        ("nnunetv2.utilities.dataset_name_id_conversion", names),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    return asked
+
+
+def test_what_somebody_has_planned_and_preprocessed_is_kept(monkeypatch, tmp_path):
+    for kind in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{kind}", str(tmp_path / kind))
+    raw, place = (tmp_path / kind / "Dataset007_X" for kind in ("raw", "preprocessed"))
+    (raw / "labelsTr").mkdir(parents=True), place.mkdir(parents=True)
+    (raw / "dataset.json").write_text(json.dumps({"labels": {"a": 1}, "file_ending": ".nii.gz"}))
+    for name in "ab":
+        (raw / "labelsTr" / f"{name}.nii.gz").touch()
+    asked = fake(monkeypatch, place)
+    ready, cases = place / f"ready-{nnunet.CONFIGURATION}", place / "nnUNetPlans_3d_fullres"
+
+    def prepared():
+        asked.clear(), ready.unlink(missing_ok=True)
+        assert nnunet.prepare("Dataset007_X") == "Dataset007_X"
+        assert ready.is_file()
+        return asked
+
+    assert prepared() == ["plan", "preprocess"]
+    (place / f"begun-{nnunet.CONFIGURATION}").unlink()  # as if by somebody else
+    assert prepared() == []
+    (cases / "b.pkl").unlink()
+    with pytest.raises(ValueError, match=r"lacks b\).*nnUNetv2_preprocess"):
+        prepared()
+    (cases / "a.pkl").unlink(), cases.rmdir()
+    assert prepared() == ["preprocess"]  # by the plans that are there
+    assert prepared() == ["preprocess"]  # begun here, so it may be done again
+    (place / "nnUNetPlans.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected plans with 3d_fullres"):
+        prepared()
+
+
 def test_regions_are_refused_before_anything_is_trained(folder):
     pytest.importorskip("nnunetv2")
     raw = nnunet.place("raw") / "Dataset007_Regions"
@@ -243,7 +311,7 @@ def test_trainings_that_are_killed_go_on_and_are_compared(folder, tmp_path):
     (own,) = results.glob(f"*/nnUNetTrainerOwn{BUDGET}__*/fold_0")
     assert len(list(own.glob("training_log_*.txt"))) == 1  # it was done before, and not again
 
-    cases = pd.read_csv(next(results.glob(f"*/cases{BUDGET}.csv")), comment="#")
+    cases = pd.read_csv(next(results.glob(f"*/cases_tiny{BUDGET}_fold0.csv")), comment="#")
     held_out = data.open(str(folder)).split(0).test
     assert cases.groupby("system")["case"].unique().map(set).map(set(held_out).__eq__).all()
     assert cases["dice"].between(0, 1).all()
