@@ -70,10 +70,9 @@ def test_a_folder_becomes_a_data_set_with_the_same_folds(folder):
     assert nnunet.convert(str(folder))[0] == name  # a second time nothing is written
     label = sorted((folder / "labels").iterdir())[0]
     loaded = nib.load(label.resolve())
+    moved = np.roll(np.asarray(loaded.dataobj), 1, 0).astype(np.uint8)
     label.unlink()
-    nib.save(
-        nib.Nifti1Image(np.roll(loaded.get_fdata(), 1, 0).astype(np.uint8), loaded.affine), label
-    )
+    nib.save(nib.Nifti1Image(moved, loaded.affine), label)
     with pytest.raises(ValueError, match="was made of other cases"):
         nnunet.convert(str(folder))
 
