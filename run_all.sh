@@ -49,7 +49,7 @@ case $root in *:*) fail "$root: Python's path cannot hold a folder with ':' in i
 # that is started from here. Of PYTHONPATH that leaves absolute entries; an empty one is the working directory.
 export PYTHONSAFEPATH=1
 # Threads that wait for the others give way soon. As OpenMP has it they spin for milliseconds: a step of a training by
-# two threads beside one busy program took 6.9 s in place of 1.9; alone on the machine it is 7 % slower so.
+# two threads beside the test suite took 6.9 s in place of 1.9; alone on the machine it is 7 % slower so.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 path=""
 IFS=: read -r -a entries <<<"${PYTHONPATH:-}"

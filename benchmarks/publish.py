@@ -11,7 +11,7 @@ import tempfile
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
 import torch
@@ -38,22 +38,21 @@ LICENCE = "that of the data (NOTICE)"
 
 
 @app.command()
-def network(dataset: str, size: str = "tiny", steps: int | None = None) -> None:
+def network(dataset: str, size: str = "tiny") -> None:
     """Train a size on fold 0, round its weights to two bytes each, score the rounded ones, write network and card.
 
-    `tiny` is trained as a CPU can, in 1,500 steps of 2 patches; `small` as the runs of the plan are, on a GPU.
+    `tiny` is trained as a CPU can, in 1,500 steps of 2 patches; `small` is the best training of the plan's
+    search for a rate, and asks for a GPU.
     """
     if size == "tiny":
-        config = runs.config_for(
-            "default", dataset, steps=steps or 1500, model=size, learning_rate=4e-3
-        )
-    elif size == "small":
-        recipe: dict[str, Any] = {"batch_size": grid.BATCH, "patch_size": grid.PATCH}
-        recipe |= {"steps": steps or grid.STEPS, "fold": grid.SEARCH_FOLD}
-        rate = grid.learning_rates()["segresmamba"]
-        config = grid.config_of("segresmamba", dataset, learning_rate=rate, **recipe)
+        config = runs.config_for("default", dataset, steps=1500, model=size, learning_rate=4e-3)
+    elif size == "small" and dataset == grid.DATASET:
+        best = ("segresmamba", grid.learning_rates()["segresmamba"])
+        (config,) = (c for c in grid.configs("rates") if (c.system, c.learning_rate) == best)
     else:
-        raise typer.BadParameter(f"size {size!r} is not one of {', '.join(HALF)}")
+        raise typer.BadParameter(
+            f"expected size tiny, or small and {grid.DATASET}; not {size}, {dataset}"
+        )
     trained = load_trained(train.train(config).run_dir)
     rounded = trained._replace(weights={k: v.to(HALF[size]) for k, v in trained.weights.items()})
     with tempfile.TemporaryDirectory() as scratch:  # where the predictions go
@@ -63,7 +62,7 @@ def network(dataset: str, size: str = "tiny", steps: int | None = None) -> None:
     save_trained(file, rounded)
     also = ", and `00_start_here`" if size == "tiny" else ""
     chosen = ". Recipe and rate were chosen on the held-out cases below" if size == "small" else ""
-    precision = {"tiny": "half precision", "small": "bfloat16"}[size]
+    precision = str(HALF[size]).removeprefix("torch.")
     use = USE.format(file=file.relative_to(files.ROOT), also=also, precision=precision)
     use += f"{chosen}. Trained on {machine.device_name()}, commit {machine.commit()[0][:7]}"
     with files.atomic_path(file.with_suffix(".md")) as temporary:

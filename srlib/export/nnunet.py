@@ -70,7 +70,8 @@ def compare(
     Raises:
         ImportError: nnunetv2 is not installed.
         ValueError: an unknown size, or a fold that the data set does not have.
-        srlib.files.DataError: there is no such data set, or its classes overlap.
+        srlib.files.DataError: there is no such data set, its classes overlap, it is not what was converted before, or
+            somebody's preprocessed cases are not complete.
     """
     if size not in FEATURES:
         raise ValueError(f"size {size!r} is not one of {', '.join(FEATURES)}")
@@ -110,7 +111,10 @@ def place(kind: str) -> Path:
 
 
 def prepare(dataset: str) -> str:
-    """Make a data set ready for training: raw files, plans and preprocessed cases of nnU-Net; return its name."""
+    """Make a data set ready for training: raw files, plans and preprocessed cases of nnU-Net; return its name.
+
+    What somebody else has planned or preprocessed is used as it is.
+    """
     for kind in ("raw", "preprocessed", "results"):
         place(kind).mkdir(parents=True, exist_ok=True)
     os.environ.update(nnUNet_extTrainer=str(TRAINERS))

@@ -430,9 +430,8 @@ def interpolated(x: Tensor, *_: Tensor) -> Tensor:
 
 
 def _double(x: Tensor, *_: Tensor) -> Tensor:
-    return interpolated(
-        x.contiguous()
-    )  # else torch on a GPU and its fake tensors lay it out differently
+    # Of other strides torch on a GPU and its fake tensors make different ones.
+    return interpolated(x.contiguous())
 
 
 def _double_backward(grad: Tensor, _: Tensor, x: Tensor) -> list[Tensor]:
