@@ -47,6 +47,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 from statsmodels.stats.power import TTestPower  # type: ignore[import-untyped]
 
+from srlib.data import mirror
 from srlib.data.catalog import MEAN, TASKS_OF
 from srlib.run.evaluate import METRICS
 
@@ -54,6 +55,8 @@ LEVEL, POWER = 0.95, 0.8
 RESAMPLES = 9999  # no p is smaller than one of them
 UNIT = ["system", "class", "metric"]
 KEYS = ["system", "fold", "seed", "case", "class"]
+CARRIES = 0.75  # mean accuracy from which a system carries the mark: docs/plan.md, "Distance"
+POINT = ["task", "axis", "distance"]
 
 
 def complete(cases: pd.DataFrame, reference: str) -> pd.DataFrame:
@@ -258,6 +261,51 @@ def cue_accuracy(cases: pd.DataFrame) -> pd.DataFrame:
     accuracy = sums["right"] / sums["volume_pred_ml"]
     found = sums["volume_pred_ml"] / sums["volume_ref_ml"]
     return pd.DataFrame({"accuracy": accuracy, "found": found}).reset_index()
+
+
+def carried(accuracy: pd.DataFrame, reference: str, trainings: int) -> pd.DataFrame:
+    """The rules of docs/plan.md, "Distance": which systems carry the mark how far, and which are behind another.
+
+    Args:
+        accuracy: a row for each training, as `cue_accuracy` returns it.
+        reference: the system that the others are held against.
+        trainings: so many of a system at a distance the rules ask for; of fewer or more they decide nothing.
+
+    Returns:
+        A row for each system that has a training at a distance: columns `task`, `axis`, `distance` (voxels), `system`,
+        `mean`, `lowest` and `highest` (accuracy, 0 to 1), `trainings` (their number), and by the rules True, False or,
+        where that is not decided, NA: `carries` (the mean is at least `CARRIES`), `behind` (the reference carries the
+        mark, and each of its trainings is higher than each of the system's) and `says_nothing` (of the half-real task:
+        no system of the table carries the mark over its shortest distance).
+
+    Raises:
+        ValueError: columns, values or the reference are missing, or a training is there twice.
+    """
+    missing = {*POINT, "system", "seed", "accuracy"} - set(accuracy.columns)
+    if missing:
+        raise ValueError(f"the table of accuracies lacks the columns {', '.join(sorted(missing))}")
+    if accuracy.empty or accuracy["accuracy"].isna().any():
+        raise ValueError("the table of accuracies is empty or has values that are missing")
+    if accuracy.duplicated([*POINT, "system", "seed"]).any():
+        raise ValueError("the table of accuracies has a training twice")
+    systems = accuracy["system"].unique()
+    if reference not in systems:
+        raise ValueError(f"{reference!r} is needed, got {', '.join(systems)}")
+    of = accuracy.groupby([*POINT, "system"], sort=False)["accuracy"]
+    table = of.agg(mean="mean", lowest="min", highest="max", trainings="size").reset_index()
+    carries = (table["mean"] >= CARRIES).astype("boolean")
+    table["carries"] = carries.where(table["trainings"] == trainings)
+    theirs = table[table["system"] == reference]
+    both = table.merge(theirs, how="left", on=POINT, suffixes=("", "_reference"))
+    behind = both["carries_reference"] & (both["lowest_reference"] > both["highest"])
+    decided = both[["carries", "carries_reference"]].notna().all(axis=1)
+    table["behind"] = behind.where(decided)
+    half_real = table["task"] == "mirror"
+    near = table.loc[half_real & (table["distance"] == min(mirror.DISTANCES)), "carries"]
+    lost = bool((~near).sum() == len(systems))
+    nothing = (half_real & lost).astype("boolean")
+    table["says_nothing"] = nothing.where(~half_real | lost | bool(near.any()))
+    return table
 
 
 def interval(values: ArrayLike, level: float = LEVEL) -> tuple[float, float]:

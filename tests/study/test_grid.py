@@ -161,6 +161,7 @@ def test_the_second_plan_says_what_the_code_does(reference):
         assert (
             f"{volumes - module.HELD_OUT} training volumes a task, {module.HELD_OUT} held" in text
         )
+    assert f"its mean accuracy there is at least {dotted(statistics.CARRIES)}." in text
 
 
 def test_the_curve_is_steps_by_measured_milliseconds(reference):

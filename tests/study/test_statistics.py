@@ -335,3 +335,110 @@ def test_accuracy_is_the_share_of_the_called_voxels_that_is_called_right(dataset
     (row,) = statistics.cue_accuracy(pd.DataFrame({**key, **found})).to_dict("records")
     assert (row["task"], row["axis"], row["distance"]) == told
     assert (row["accuracy"], row["found"]) == (3 / 6, 6 / 8)
+
+
+def accuracies(at=("cue", 2, 16), **systems):
+    """A row for each training: its accuracies by system, with seeds from 0."""
+    point = dict(zip(statistics.POINT, at, strict=True))
+    return pd.DataFrame(
+        [
+            point | {"system": system, "seed": seed, "accuracy": value}
+            for system, values in systems.items()
+            for seed, value in enumerate(values)
+        ]
+    )
+
+
+def ruled(table, column, by="system"):
+    """What a rule says of each system, or by other columns; `None` where it decides nothing."""
+    rows = statistics.carried(table, "ours", 3).set_index(by)[column]
+    return {name: None if pd.isna(said) else bool(said) for name, said in rows.items()}
+
+
+HIGH, LOW = (0.9, 0.8, 1.0), (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("trainings", "carries"),
+    [
+        ((0.75, 0.75, 0.75), True),
+        ((0.5, 0.75, 1.0), True),  # the mean counts, not each
+        ((0.5, 0.74, 1.0), False),
+        ((1.0, 1.0), None),
+        ((1.0, 1.0, 1.0, 1.0), None),
+    ],
+)
+def test_the_mark_is_carried_from_a_mean_of_three_quarters(trainings, carries):
+    found = ruled(accuracies(ours=LOW, other=trainings), "carries")
+    assert found == {"ours": False, "other": carries}
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "behind"),
+    [
+        (HIGH, LOW, True),
+        (HIGH, (0.7, 0.79, 0.78), True),  # also one that carries the mark
+        (HIGH, (0.1, 0.1, 0.8), False),  # as high as the lowest is not lower
+        (HIGH, (0.1, 0.1, 0.95), False),
+        (LOW, HIGH, False),
+        ((0.7, 0.7, 0.7), LOW, False),  # higher, but lost, too
+        (HIGH, LOW[:2], None),
+        (HIGH[:2], LOW, None),
+        (HIGH, (*LOW, 0.5), None),
+        ((), LOW, None),
+    ],
+)
+def test_behind_is_what_has_no_training_as_high_as_the_lowest_of_one_that_carries(
+    ours, other, behind
+):
+    along_0 = accuracies(("cue", 0, 16), ours=HIGH, other=LOW)
+    table = pd.concat([accuracies(ours=ours, other=other), along_0])
+    found = ruled(table, "behind", ["axis", "system"])
+    assert found[2, "other"] is behind
+    assert (found[0, "ours"], found[0, "other"]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("near", "nothing"),
+    [
+        ({"ours": LOW, "other": LOW}, True),
+        ({"ours": LOW, "other": HIGH}, False),
+        ({"ours": LOW[:1], "other": HIGH}, False),
+        ({"ours": LOW, "other": HIGH[:2]}, None),
+        ({"ours": LOW}, None),  # the other one is not there yet
+        ({}, None),
+    ],
+)
+def test_the_half_real_task_says_nothing_if_all_lose_its_shortest_distance(near, nothing):
+    far = [accuracies((task, 2, 48), ours=HIGH, other=HIGH) for task in ("mirror", "cue")]
+    lost = accuracies(("cue", 2, 8), ours=LOW, other=LOW)  # of which the rule does not speak
+    table = pd.concat([*far, lost, accuracies(("mirror", 2, 8), **near)])
+    found = ruled(table, "says_nothing", ["task", "distance", "system"])
+    assert {said for (task, *_), said in found.items() if task == "cue"} == {False}
+    assert {said for (task, *_), said in found.items() if task == "mirror"} == {nothing}
+
+
+def test_rules_have_a_row_for_each_system_at_each_distance():
+    table = pd.concat([accuracies(ours=HIGH, other=LOW), accuracies(("cue", 2, 64), ours=LOW[:2])])
+    found = statistics.carried(table.assign(title="of no use"), "ours", 3)
+    columns = ["distance", "system", "mean", "lowest", "highest", "trainings"]
+    rows = [[16, "ours", 0.9, 0.8, 1.0, 3], [16, "other", 0.5, 0.5, 0.5, 3]]
+    expected = pd.DataFrame([*rows, [64, "ours", 0.5, 0.5, 0.5, 2]], columns=columns)
+    pd.testing.assert_frame_equal(found[columns], expected)
+    assert ruled(accuracies(ours=HIGH), "behind") == {"ours": False}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (accuracies(ours=HIGH).drop(columns=["seed", "axis"]), "lacks the columns axis, seed"),
+        (accuracies(ours=HIGH)[:0], "empty"),
+        (pd.DataFrame(), "lacks the columns"),
+        (accuracies(ours=(0.9, math.nan, 0.9)), "values that are missing"),
+        (pd.concat([accuracies(ours=HIGH)] * 2), "a training twice"),
+        (accuracies(none=HIGH, conv=LOW), "'ours' is needed, got none, conv"),
+    ],
+)
+def test_accuracies_that_would_mislead_are_refused(table, message):
+    with pytest.raises(ValueError, match=message):
+        statistics.carried(table, "ours", 3)
