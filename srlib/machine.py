@@ -17,7 +17,7 @@ from srlib import tables
 from srlib.files import ROOT, atomic_path
 
 PACKAGES = ("torch", "monai", "numpy", "scipy", "pandas", "nibabel", "nilearn", "numba")
-OPTIONAL_PACKAGES = ("mamba-ssm", "causal-conv1d")
+OPTIONAL_PACKAGES = ("mamba-ssm", "causal-conv1d", "nnunetv2")
 
 
 def device() -> torch.device:

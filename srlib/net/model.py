@@ -250,9 +250,14 @@ class Downsample(nn.Module):
 
 
 def _even(x: Tensor) -> Tensor:
-    """Repeat the last plane of each axis with an odd size, so that stride 2 does not drop it."""
-    odd = [n % 2 for n in x.shape[2:]]
-    return F.pad(x, (0, odd[2], 0, odd[1], 0, odd[0]), mode="replicate") if any(odd) else x
+    """Repeat the last plane of each axis with an odd size, so that stride 2 does not drop it.
+
+    Not by `F.pad`, whose gradient adds in any order on a GPU.
+    """
+    for axis in (2, 3, 4):
+        if x.shape[axis] % 2:
+            x = torch.cat((x, x.narrow(axis, x.shape[axis] - 1, 1)), axis)
+    return x
 
 
 class Skip(nn.Sequential):

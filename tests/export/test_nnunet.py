@@ -146,6 +146,7 @@ def test_a_step_is_nnunet_s(monkeypatch, scaled):
     monkeypatch.setenv("nnUNet_extTrainer", str(nnunet.TRAINERS))
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
 
+    nnunet.load_lazy_modules()
     ours = find("nnUNetTrainerSegResMamba_tiny")
 
     def trained(kind):

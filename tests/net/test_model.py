@@ -1,15 +1,18 @@
 """SegResMamba: the authors' network to rounding, the paper's counts, every size, every variant."""
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from srlib import files
-from srlib.net.model import FEATURES, SegResMamba, load_released_state_dict
+from srlib.net.model import FEATURES, SegResMamba, _even, load_released_state_dict
 from srlib.net.peers import with_checkpoints
 from srlib.run.train import build_model, load_trained
 
@@ -189,6 +192,36 @@ def test_every_input_voxel_of_an_odd_size_reaches_the_output():
     x = torch.randn(1, 1, 35, 33, 37, dtype=torch.float64, requires_grad=True)
     model(x).square().mean().backward()
     assert (x.grad != 0).all()
+
+
+@pytest.mark.parametrize("size", [*itertools.product((1, 2, 3, 4), repeat=3)], ids=str)
+def test_odd_sizes_are_padded_by_their_last_planes(size):
+    """Held against torch's padding, whose gradient has no fixed order on a GPU."""
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    ends = [number for n in reversed(size) for number in (0, n % 2)]
+    found, expected = _even(x), F.pad(x, ends, mode="replicate")
+    assert torch.equal(found, expected)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_no_operator_adds_in_any_order_on_a_gpu(options):
+    """Of the operators that torch lists under `use_deterministic_algorithms`, those a network may be tempted by."""
+    used = set()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            used.add(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Names():
+        model = SegResMamba(1, 2, TINY, **options)
+        model(torch.randn(1, 1, 35, 33, 9)).square().mean().backward()
+    # Upsampling's is torch's on a CPU only; `srlib::double` has its own on a GPU.
+    adding = ("pad3d_backward", "pool3d_backward", "index_add", "index_put", "scatter")
+    assert [name for name in used if any(word in name for word in adding)] == []
 
 
 # --- One function, computed in several ways --------------------------------------------------------
