@@ -368,7 +368,7 @@ def accuracy_by_distance(table: pd.DataFrame) -> Figure:
         if task == "cue":
             near = [cue.nearest_mark(cue.Recipe(distance)) for distance in distances]
             axis.plot(range(len(distances)), near, ":", color=GREY, label="rule: the nearest mark")
-        axis.axhline(0.5, label="found, not told apart", **LINE)
+            axis.axhline(0.5, label="found, not told apart", **LINE)
         mark = "cue" if task == "cue" else "hippocampus's mark"
         axis.set(xlabel=f"distance of the {mark} (voxels)", ylabel="voxels called right (1: all)")
         if len(panels) > 1:

@@ -384,7 +384,7 @@ def runs(name: str) -> pd.DataFrame:
     """One row for each finished run of a grid.
 
     Columns: `run`, `system`, `title`, `dataset`, `fold`, `seed`, `steps`, `minutes` (NaN at equal steps),
-    `learning_rate`, `device`, `seconds` (of the training there), `commit`.
+    `learning_rate`, `device`, `seconds` (of the training there), `diverged`, `commit`.
     """
     rows = []
     for run in planned(name):
@@ -392,8 +392,9 @@ def runs(name: str) -> pd.DataFrame:
             record = kept(run.config.dataset).records[run_name(run.config)]
             made_with = {"device": record["device_name"]}
             made_with["seconds"] = record.get("training_seconds", nan)  # of one that diverged
-            rows.append(_key(run) | made_with | {"commit": record["commit"]})
-    return pd.DataFrame(rows, columns=[*KEY, "device", "seconds", "commit"])
+            made_with |= {"diverged": "diverged" in record, "commit": record["commit"]}
+            rows.append(_key(run) | made_with)
+    return pd.DataFrame(rows, columns=[*KEY, "device", "seconds", "diverged", "commit"])
 
 
 def cases(name: str) -> pd.DataFrame:

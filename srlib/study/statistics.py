@@ -247,7 +247,8 @@ def cue_accuracy(cases: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns `system`, `title`, `task`, `axis` (along which the mark is far), `distance`, `seed`, `accuracy`,
         `found`. Of the voxels that are called A or B in all held-out volumes, `accuracy` is the share called right:
-        1/2 when targets are found but not told apart. `found` is their number over that of the targets' voxels.
+        1/2 (in `mirror` less, since what is called outside of a hippocampus is wrong) when targets are found but not
+        told apart. `found` is their number over that of the targets' voxels.
     """
     recipes = [(name, recipe) for of in TASKS_OF.values() for name, recipe in of.items()]
     table = cases.assign(
