@@ -506,6 +506,10 @@ def nnunet(
     from srlib.export import nnunet
     from srlib.study import statistics
 
-    table = nnunet.compare(dataset, fold or [0], epochs, iterations, size)
+    folder, cases, table = nnunet.compare(dataset, fold or [0], epochs, iterations, size)
+    each = cases.groupby("system", sort=False)[["dice", "minutes"]].mean()
+    for system, dice, minutes in each.itertuples():
+        typer.echo(f"{system}: Dice {dice:.4f}, {minutes:.1f} minutes a training")
     for row in table.to_dict("records"):
         typer.echo(statistics.in_words(row))
+    typer.echo(f"tables: {folder}")

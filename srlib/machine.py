@@ -17,7 +17,7 @@ from srlib import tables
 from srlib.files import ROOT, atomic_path
 
 PACKAGES = ("torch", "monai", "numpy", "scipy", "pandas", "nibabel", "nilearn", "numba")
-OPTIONAL_PACKAGES = ("mamba-ssm", "causal-conv1d", "nnunetv2")
+OPTIONAL_PACKAGES = ("mamba-ssm", "causal-conv1d", "nnunetv2", "onnx", "onnxruntime")
 
 
 def device() -> torch.device:

@@ -8,7 +8,6 @@ nnU-Net, and compared case by case by `srlib.study.statistics`.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
@@ -51,7 +50,7 @@ def compare(
     epochs: int,
     iterations: int = ITERATIONS,
     size: str = "paper",
-) -> pd.DataFrame:
+) -> tuple[Path, pd.DataFrame, pd.DataFrame]:
     """Train what is not trained yet, and compare.
 
     Args:
@@ -63,15 +62,16 @@ def compare(
         size: of SegResMamba, a name in `srlib.net.model.FEATURES`.
 
     Returns:
-        The table of `srlib.study.statistics.compare`: each system minus SegResMamba in Dice, the mean of the
-        classes. It and the table of cases are written to the data set's folder of nnU-Net's results, beside each the
-        device and versions.
+        The folder of nnU-Net's results that two tables are written to, each beside the device and versions of the
+        last command; the table of cases, with the minutes of each training's epochs; and that of
+        `srlib.study.statistics.compare`: each system minus SegResMamba in Dice, the mean of the classes.
 
     Raises:
         ImportError: nnunetv2 is not installed.
-        ValueError: an unknown size, or a fold that the data set does not have.
-        srlib.files.DataError: there is no such data set, its classes overlap, it is not what was converted before, or
-            somebody's preprocessed cases are not complete.
+        ValueError: an unknown size, a fold that the data set does not have, or `SRLIB_DEVICE` with another GPU than
+            the first, which nnU-Net would not take.
+        srlib.files.DataError: there is no such data set, its classes overlap, it is not what was converted before,
+            somebody's preprocessed cases are not complete, or the trainings of a fold held out different cases.
     """
     if size not in FEATURES:
         raise ValueError(f"size {size!r} is not one of {', '.join(FEATURES)}")
@@ -79,11 +79,11 @@ def compare(
         raise ImportError('nnU-Net needs the extra "nnunet": pip install -e ".[nnunet]"')
     if not folds or min(folds) < 0:
         raise ValueError(f"{dataset}: folds {list(folds)}; expected some of 0, 1, ...")
-    name = prepare(dataset)
-    splits = place("preprocessed") / name / "splits_final.json"  # nnU-Net makes five without
-    number = len(json.loads(splits.read_text())) if splits.is_file() else FOLDS
-    if wrong := sorted({*folds} - {*range(number)}):  # nnU-Net would take cases at random
-        raise ValueError(f"{dataset}: fold {wrong[0]} is not one of 0 to {number - 1}")
+    if machine.device().index:
+        raise ValueError(
+            f"SRLIB_DEVICE={machine.device()}: nnU-Net takes the first GPU; expected CUDA_VISIBLE_DEVICES to choose one"
+        )
+    name = prepare(dataset, folds)
     budget = f"_{epochs}epochs" + (f"_{iterations}iterations" if iterations != ITERATIONS else "")
     endings = {own: ("" if own == "nnU-Net" or size == "paper" else f"_{size}") for own in SYSTEMS}
     results = place("results") / name
@@ -93,15 +93,19 @@ def compare(
             full = f"{trainer}{endings[system]}{budget}"
             train(name, full, fold)
             about = {"system": system, "fold": fold, "seed": 0}
-            about |= {"steps": epochs * iterations, "minutes": math.nan}
-            found = scores(results / f"{full}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}")
-            rows += [about | row for row in found]
+            place_of = results / f"{full}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}"
+            about |= {"steps": epochs * iterations, "minutes": minutes(place_of)}
+            rows += [about | row for row in scores(place_of)]
     cases = pd.DataFrame(rows)
+    if (cases.groupby(["fold", "case", "class"]).size() != len(SYSTEMS)).any():
+        raise DataError(
+            f"{results}: trainings of a fold held out different cases; remove those of a former split"
+        )
     what = f"{size}{budget}_fold{'-'.join(map(str, sorted({*folds})))}"
     machine.write_table(cases, results / f"cases_{what}.csv")
     table = statistics.compare(cases, REFERENCE, ["dice"], [MEAN])
     machine.write_table(table, results / f"comparison_{what}.csv")
-    return table
+    return results, cases, table
 
 
 def place(kind: str) -> Path:
@@ -110,10 +114,10 @@ def place(kind: str) -> Path:
     return Path(os.environ.setdefault(variable, str(results_root() / "nnunet" / kind)))
 
 
-def prepare(dataset: str) -> str:
+def prepare(dataset: str, folds: Sequence[int] = ()) -> str:
     """Make a data set ready for training: raw files, plans and preprocessed cases of nnU-Net; return its name.
 
-    What somebody else has planned or preprocessed is used as it is.
+    What somebody else has planned or preprocessed is used as it is. Folds that there are not are refused first.
     """
     for kind in ("raw", "preprocessed", "results"):
         place(kind).mkdir(parents=True, exist_ok=True)
@@ -140,6 +144,10 @@ def prepare(dataset: str) -> str:
     if not all(isinstance(value, int) for value in about["labels"].values()):
         raise DataError(f"{dataset}: its classes overlap; expected classes that exclude each other")
     folder = place("preprocessed") / name
+    final = folder / "splits_final.json"  # nnU-Net makes five without
+    number = len(splits or (json.loads(final.read_text()) if final.is_file() else range(FOLDS)))
+    if wrong := sorted({*folds} - {*range(number)}):  # nnU-Net would take cases at random
+        raise ValueError(f"{dataset}: fold {wrong[0]} is not one of 0 to {number - 1}")
     ready, begun = (folder / f"{word}-{CONFIGURATION}" for word in ("ready", "begun"))
     with locked(folder):
         if ready.is_file():
@@ -166,7 +174,7 @@ def prepare(dataset: str) -> str:
                     f"{f' (lacks {lacking[0]})' if lacking else ''}: finish it by nnUNetv2_preprocess, or remove it"
                 )
         if splits:
-            with atomic_path(folder / "splits_final.json") as temporary:
+            with atomic_path(final) as temporary:
                 temporary.write_text(json.dumps(splits))
         with atomic_path(ready):
             pass
@@ -250,7 +258,7 @@ def train(name: str, trainer: str, fold: int) -> None:
 
     folder = place("results") / name / f"{trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}"
     with locked(folder):
-        if (folder / "validation" / "summary.json").is_file():
+        if summary(folder):
             return
         trained = (folder / "checkpoint_final.pth").is_file()
         begun = any(folder.glob("checkpoint_*.pth"))
@@ -267,11 +275,24 @@ def train(name: str, trainer: str, fold: int) -> None:
         )
 
 
+def summary(fold: Path) -> list[dict[str, Any]]:
+    """nnU-Net's scores of the held-out cases; none where there are none yet, or only the beginning of a file."""
+    with suppress(OSError, ValueError, KeyError):
+        return json.loads((fold / "validation" / "summary.json").read_text())["metric_per_case"]
+    return []
+
+
+def minutes(fold: Path) -> float:
+    """Minutes of a training's epochs, as nnU-Net's logs have them."""
+    logs = "".join(file.read_text() for file in fold.glob("training_log_*.txt"))
+    return sum(map(float, re.findall(r"Epoch time: ([\d.]+) s", logs))) / 60
+
+
 def scores(fold: Path) -> Iterator[dict[str, Any]]:
     """Dice of each held-out case and class, from what nnU-Net wrote; 1 where neither mask has the class."""
     about = json.loads((fold.parent / "dataset.json").read_text())
     names = {str(number): name for name, number in about["labels"].items()}
-    for case in json.loads((fold / "validation" / "summary.json").read_text())["metric_per_case"]:
+    for case in summary(fold):
         for label, found in case["metrics"].items():
             dice = 1.0 if np.isnan(found["Dice"]) else found["Dice"]
             file = Path(case["prediction_file"]).name

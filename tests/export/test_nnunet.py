@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import nibabel as nib
@@ -178,7 +179,7 @@ def test_one_process_trains_and_another_waits_for_it(monkeypatch, tmp_path):
         calls.append(options["continue_training"])
         time.sleep(0.5)
         (fold / "validation").mkdir()
-        (fold / "validation" / "summary.json").touch()
+        (fold / "validation" / "summary.json").write_text('{"metric_per_case": [{}]}')
 
     module = ModuleType("nnunetv2.run.run_training")
     module.run_training = run_training
@@ -192,13 +193,67 @@ def test_one_process_trains_and_another_waits_for_it(monkeypatch, tmp_path):
 def test_what_cannot_be_trained_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="size 'huge' is not one of paper, small, tiny"):
         nnunet.compare("7", [0], 1, size="huge")
-    monkeypatch.setattr(nnunet, "prepare", lambda dataset: "Dataset007_None")
     monkeypatch.setattr(nnunet, "find_spec", lambda name: True)
-    with pytest.raises(ValueError, match="7: fold 5 is not one of 0 to 4"):
-        nnunet.compare("7", [0, 5], 1)
+    monkeypatch.setattr(nnunet.machine, "device", lambda: torch.device("cuda:1"))
+    with pytest.raises(ValueError, match=r"cuda:1.*expected CUDA_VISIBLE_DEVICES"):
+        nnunet.compare("7", [0], 1)
+    monkeypatch.undo()
     monkeypatch.setattr(nnunet, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match='extra "nnunet"'):
         nnunet.compare("7", [0], 1)
+
+
+def test_a_fold_is_validated_again_where_its_summary_was_cut_off(monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    fold = tmp_path / "Dataset007_X" / f"T__{nnunet.PLANS}__{nnunet.CONFIGURATION}" / "fold_0"
+    file, asked = fold / "validation" / "summary.json", []
+    file.parent.mkdir(parents=True)
+    (fold / "checkpoint_final.pth").touch()
+    module = ModuleType("nnunetv2.run.run_training")
+    module.run_training = lambda *_, **how: asked.append(how["only_run_validation"])
+    for name in ("nnunetv2", "nnunetv2.run", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    for content in ("", '{"metric_per_case": [{"met', "{}"):
+        file.write_text(content)
+        nnunet.train("Dataset007_X", "T", 0)
+    assert asked == [True, True, True]
+    file.write_text('{"metric_per_case": [{}]}')
+    nnunet.train("Dataset007_X", "T", 0)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("lacks", [False, True])
+def test_trainings_of_a_fold_are_compared_on_the_same_cases(monkeypatch, tmp_path, lacks):
+    for kind in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{kind}", str(tmp_path / kind))
+    monkeypatch.setattr(nnunet, "find_spec", lambda name: True)
+    monkeypatch.setattr(nnunet, "prepare", lambda dataset, folds: "Dataset007_X")
+    about = {"labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
+
+    def train(name, trainer, fold):
+        own = tmp_path / "results" / name / f"{trainer}__{nnunet.PLANS}__{nnunet.CONFIGURATION}"
+        (own / f"fold_{fold}" / "validation").mkdir(parents=True)
+        (own / "dataset.json").write_text(json.dumps(about))
+        for number, seconds in enumerate((30, 90)):
+            log = own / f"fold_{fold}" / f"training_log_{number}.txt"
+            log.write_text(f"2026: Epoch {number}\n2026: Epoch time: {seconds}.0 s\n")
+        names = "ab" if lacks and "Own" in trainer else "abc"
+        found = [
+            {"prediction_file": f"{n}.nii.gz", "metrics": {"1": {"Dice": (len(trainer) + i) / 99}}}
+            for i, n in enumerate(names)
+        ]
+        file = own / f"fold_{fold}" / "validation" / "summary.json"
+        file.write_text(json.dumps({"metric_per_case": found}))
+
+    monkeypatch.setattr(nnunet, "train", train)
+    if lacks:
+        with pytest.raises(ValueError, match="held out different cases"):
+            nnunet.compare("7", [0], 2)
+        return
+    folder, cases, table = nnunet.compare("7", [0], 2)
+    assert {*cases["minutes"]} == {2.0}
+    assert len(table) == 3
+    assert len(list(folder.glob("*_fold0.csv"))) == 2
 
 
 def fake(monkeypatch, place):
@@ -247,6 +302,9 @@ def test_what_somebody_has_planned_and_preprocessed_is_kept(monkeypatch, tmp_pat
         assert ready.is_file()
         return asked
 
+    with pytest.raises(ValueError, match="Dataset007_X: fold 5 is not one of 0 to 4"):
+        nnunet.prepare("Dataset007_X", [0, 5])
+    assert asked == []  # refused before it takes time
     assert prepared() == ["plan", "preprocess"]
     (place / f"begun-{nnunet.CONFIGURATION}").unlink()  # as if by somebody else
     assert prepared() == []
@@ -300,7 +358,9 @@ def test_trainings_that_are_killed_go_on_and_are_compared(folder, tmp_path):
 
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = done.stdout.splitlines()[-3:]
+    *said, where = done.stdout.splitlines()[-8:]
+    assert Path(where.removeprefix("tables: ")).is_dir()
+    assert [line.partition(": Dice ")[0] for line in said[:4]] == list(nnunet.SYSTEMS)
     for system in ("nnU-Net", "no ToM", "convolution for ToM"):
         assert any(line.startswith(f"{system} minus SegResMamba, dice, mean") for line in said)
     logs = sorted(fold.glob("training_log_*.txt"), key=lambda log: log.stat().st_mtime_ns)
@@ -315,6 +375,7 @@ def test_trainings_that_are_killed_go_on_and_are_compared(folder, tmp_path):
     held_out = data.open(str(folder)).split(0).test
     assert cases.groupby("system")["case"].unique().map(set).map(set(held_out).__eq__).all()
     assert cases["dice"].between(0, 1).all()
+    assert (cases["minutes"] > 0).all()
 
     predict = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as p; p()"
     new, masks = tmp_path / "new", tmp_path / "masks"
