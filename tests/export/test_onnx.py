@@ -34,6 +34,18 @@ def test_windows_of_any_size_and_number(file, size):
     torch.testing.assert_close(exported.load(file).model(image(*size)), expected, rtol=0, atol=1e-4)
 
 
+def test_slices_along_another_axis(tmp_path):
+    trained, path = train.load_trained(TINY), tmp_path / "model.safetensors"
+    train.save_trained(path, trained._replace(config=replace(trained.config, slice_axis=1)))
+    exported.write(path, tmp_path / "model.onnx")
+    with torch.inference_mode():
+        expected = predict.load(path).model(image(1, 1, 40, 37, 81))
+        differs = (expected - predict.load(TINY).model(image(1, 1, 40, 37, 81))).abs().max()
+    found = exported.load(tmp_path / "model.onnx").model(image(1, 1, 40, 37, 81))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert differs > 1
+
+
 def test_the_file_says_nothing_of_the_machine_that_wrote_it(file):
     assert b".py" not in file.read_bytes()
     assert exported.load(str(file)).patch_size == predict.load(TINY).patch_size
