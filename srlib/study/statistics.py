@@ -204,6 +204,41 @@ def compare(
     return table
 
 
+def by_budget(cases: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Other systems minus the reference in Dice at each of several budgets: the rule of docs/plan.md, "Time".
+
+    Args:
+        cases: runs of equal minutes, of several such budgets.
+        reference: the system that is subtracted.
+
+    Returns:
+        A row for each budget and each other system that has all of the reference's folds there: columns `minutes`,
+        `system`, `n` (cases), `difference` (mean of the classes), `level`, and `low_cases`, `high_cases`, the interval
+        of that level for other cases alone, corrected by Holm over the systems of the budget. A system is ahead or
+        behind where it leaves out 0; another training is not in it.
+
+    Raises:
+        ValueError: the table lacks columns or values, or has runs of equal steps.
+    """
+    if cases["minutes"].isna().any():
+        raise ValueError("runs of equal steps have no minutes; expected those of equal minutes")
+    rows: list[dict[str, Any]] = []
+    for minutes, runs in cases.groupby("minutes"):
+        whole = complete(runs, reference)
+        if whole["system"].nunique() < 2:
+            continue
+        apart = differences(whole, reference, ["dice"]).query("`class` == @MEAN")
+        values = dict(list(apart.groupby("system", sort=False)["difference"]))
+        reaches = [_bootstrap(of) for of in values.values()]
+        levels = _holm_levels(np.array([_smallest_level(reach, 0.0) for reach in reaches]))
+        for (system, of), reach, level in zip(values.items(), reaches, levels, strict=True):
+            row = {"minutes": minutes, "system": system, "n": len(of), "difference": of.mean()}
+            ends = dict(zip(("low_cases", "high_cases"), reach(level), strict=True))
+            rows.append(row | {"level": level} | ends)
+    columns = ["minutes", "system", "n", "difference", "level", "low_cases", "high_cases"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def in_words(row: Mapping[Any, Any]) -> str:
     """One row of `compare` as a sentence; that there is no difference is an interval, too."""
     number = "{:+.3f}".format

@@ -35,6 +35,49 @@ def test_interval_of_a_normal_sample_is_near_the_t_interval():
     assert statistics.interval(sample) == (low, high)  # seeded
 
 
+def test_budgets_are_compared_each_by_itself_over_cases_alone():
+    """Against the definition: Holm's steps by hand, each interval SciPy's at its step's level."""
+    effects = {"segresmamba": 0.0, "none": 0.02, "conv": 0.002, "unet": -0.004}
+    one = case_tables.cases(effects, (1, 2), (0,), n=12).assign(minutes=1.0)
+    two = one[(one["system"] != "unet") | (one["fold"] != 2)].assign(minutes=2.0)
+    two.loc[two["system"] == "none", "dice"] -= 0.02
+    found = statistics.by_budget(pd.concat([one, two]), "segresmamba")
+    assert found.groupby("minutes")["system"].agg(list).to_dict() == {
+        1.0: ["none", "conv", "unet"],
+        2.0: ["none", "conv"],
+    }
+    assert (found["n"] == 24).all()
+    for minutes, rows in found.groupby("minutes"):
+        of = statistics.differences({1.0: one, 2.0: two}[minutes], "segresmamba", ["dice"])
+        of = of[of["class"] == MEAN].groupby("system")["difference"]
+        assert rows.set_index("system")["difference"].to_dict() == pytest.approx(
+            {system: of.get_group(system).mean() for system in rows["system"]}
+        )
+        undecided = len(rows)  # Holm: while the smallest p is below its step's
+        outside = {}
+        for system in sorted(
+            rows["system"], key=lambda s: -abs(of.get_group(s).mean() / of.get_group(s).std())
+        ):
+            level = 1 - 0.05 / undecided
+            low, high = statistics.interval(of.get_group(system), level)
+            row = rows.set_index("system").loc[system]
+            assert row["level"] == pytest.approx(level)
+            assert (row["low_cases"], row["high_cases"]) == pytest.approx((low, high))
+            outside[system] = not low <= 0 <= high
+            undecided -= outside[system]
+        assert outside["none"] == (minutes == 1)
+
+
+def test_budgets_without_another_system_have_no_rows_and_equal_steps_are_refused():
+    cases = case_tables.cases({"segresmamba": 0.0, "none": 0.0}, (1,), (0,), n=3)
+    alone = cases[cases["system"] == "none"].assign(minutes=1.0)
+    assert statistics.by_budget(alone, "segresmamba").empty
+    assert statistics.by_budget(alone, "none").empty
+    assert statistics.by_budget(cases[:0], "none").empty
+    with pytest.raises(ValueError, match="expected those of equal minutes"):
+        statistics.by_budget(cases.assign(minutes=math.nan), "segresmamba")
+
+
 @pytest.mark.parametrize("level", [0.9, 0.95, 0.99])
 def test_interval_is_scipy_s_bca_at_any_level(level):
     sample = np.sort(np.random.default_rng(7).exponential(size=25))
