@@ -183,7 +183,7 @@ def small(
     The step is the training's (`srlib.run.train.training_step`), without the average of weights. In fp32 all; in bf16
     not the ablations, apart from no ToM and the convolution. `with_samples_ms`, of SegResMamba and no ToM: the median
     step of a training of 150 steps on hippocampus, its samples included, without the first 30 steps; empty where the
-    data is not there.
+    data is not there. `results/reference/cpu/step.csv` is of this command without a GPU (and without the data).
     """
     write_missing(out, minutes, small_rows(system or [*grid.SYSTEMS], batch_size))
 

@@ -379,6 +379,36 @@ def accuracy_by_distance(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def dice_by_seconds(trainings: pd.DataFrame, cpu_hours: float) -> Figure:
+    """Mean Dice against the seconds of a GPU that a training was given; each training, and means where all are there.
+
+    Args:
+        trainings: one row each, columns `title`, `seconds`, `dice`, and `whole`: whether its budget has them all.
+        cpu_hours: what a CPU takes for one such second, the upper axis.
+    """
+    figure, axis = subplots(height=4.2)
+    names, seconds = list(trainings["title"].unique()), sorted(trainings["seconds"].unique())
+    apart = 2 ** (0.4 * ((trainings["title"].map(names.index) + 0.5) / len(names) - 0.5))
+    looks = _looks(trainings.assign(at=trainings["seconds"] * apart), "title", COLOURS)
+    looks |= {"x": "at", "y": "dice", "ax": axis}
+    sns.scatterplot(**looks, **POINTS)
+    if trainings["whole"].any():
+        looks["data"] = looks["data"][trainings["whole"]]
+        line: dict[str, Any] = {"dashes": False, "errorbar": None, "legend": False}
+        sns.lineplot(**looks, **line, markersize=7, markeredgewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(seconds, [f"{s:g}" for s in seconds])
+    axis.set(xlabel="seconds of a GPU alone", ylabel="mean Dice of a fold's cases (1: perfect)")
+    hours = (lambda s: s * cpu_hours, lambda h: h / cpu_hours)
+    above = axis.secondary_xaxis("top", functions=hours)
+    above.set_xticks([s * cpu_hours for s in seconds], [f"{s * cpu_hours:.2g}" for s in seconds])
+    above.set(xlabel="hours of one CPU core, for SegResMamba's steps")
+    for ticks in (axis.xaxis, above.xaxis):
+        ticks.set_minor_locator(NullLocator())
+    _legend(figure, axis, 3)
+    return figure
+
+
 # Verdict -> sign and colour; white letters on it can be read.
 SIGNS = {
     claims.HOLDS: ("✓", "#00664B"),

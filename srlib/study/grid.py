@@ -270,6 +270,15 @@ def plan_steps() -> pd.Series:
     ]
 
 
+def cpu_step() -> pd.Series:
+    """Seconds of a step of the plan on one core of a CPU, whose name it has, of `curve`'s systems.
+
+    Measured by `bench step small` where there is no GPU, without samples.
+    """
+    table = tables.read(paths.REFERENCE / "cpu" / "step.csv").set_index("system")
+    return (table["eager_ms"] / 1000).rename(table["device"].iloc[0])
+
+
 def gpu_steps(precision: str = "fp32") -> pd.DataFrame:
     """Milliseconds, memory and energy of a step of each system on one GPU, by its key."""
     table = tables.read(paths.REFERENCE / "gpu" / "small.csv")

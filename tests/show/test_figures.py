@@ -40,6 +40,10 @@ COSTS = COSTS.assign(parameters=7.0, gmacs=1.5, captured_ms=14.0)
 ACCURACY = pd.DataFrame({"distance": [4, 4, 64, 64], "accuracy": [1.0, 0.9, 0.5, 0.6]})
 ACCURACY = ACCURACY.assign(seed=[0, 1] * 2, title="SegResMamba", system="segresmamba", found=1.0)
 ACCURACY = ACCURACY.assign(task="cue", axis=2)
+TRAININGS = pd.DataFrame({"seconds": [15, 15, 30, 30] * 2, "dice": np.linspace(0.86, 0.89, 8)})
+TRAININGS = TRAININGS.assign(
+    title=["SegResMamba"] * 4 + ["no ToM"] * 4, whole=[True, True, False, False] * 2
+)
 BINS = {"voxels": 9, "predicted": np.arange(9), "observed": 9 * RANDOM.uniform(size=9)}
 RIVALS = pd.DataFrame({"here": [0.2, 0.7], "low": [0.1, 0.6], "high": [0.3, 0.7]})
 MEMORY, *_, ABSTRACT = claims.CLAIMS
@@ -119,6 +123,7 @@ FIGURES = {
     "cost_and_gain": lambda: charts.cost_and_gain(COSTS),
     "cue_volumes": lambda: charts.cue_volumes((8, 64), number=2),
     "accuracy_by_distance": lambda: charts.accuracy_by_distance(ACCURACY),
+    "dice_by_seconds": lambda: charts.dice_by_seconds(TRAININGS, cpu_hours=0.05),
     "strip": lambda: charts.strip(MEMORY, ANSWERS[MEMORY]),
     "claims_picture": lambda: charts.claims_picture(ANSWERS),
     "tiles": draw_planes,
@@ -327,6 +332,21 @@ def test_accuracy_by_distance_draws_means_over_seeds():
     ]
     rules = ["rule: the nearest mark" in {line.get_label() for line in a.lines} for a in both.axes]
     assert rules == [True, False]
+
+
+def test_dice_by_seconds_joins_means_of_whole_budgets_only():
+    figure = charts.dice_by_seconds(pd.concat([TRAININGS, TRAININGS.assign(seconds=60)]), 0.05)
+    axis = figure.axes[0]
+    assert legend(figure) == ["SegResMamba", "no ToM"]
+    assert sum(len(points.get_offsets()) for points in axis.collections) == 16
+    drawn = [line for line in axis.lines if len(line.get_xdata())]
+    first = [line.get_ydata()[0] for line in drawn]
+    assert first == pytest.approx([TRAININGS["dice"][:2].mean(), TRAININGS["dice"][4:6].mean()])
+    assert [len(line.get_xdata()) for line in drawn] == [2, 2]  # 15 s and the half of 60 s
+    (above,) = axis.child_axes
+    assert [label.get_text() for label in above.get_xticklabels()] == ["0.75", "1.5", "3"]
+    none = charts.dice_by_seconds(TRAININGS.assign(whole=False), 0.05)
+    assert not any(len(line.get_xdata()) for line in none.axes[0].lines)
 
 
 def test_outline_encloses_a_structure_at_the_border_in_mm():

@@ -18,6 +18,7 @@ import case_tables
 import nbformat
 import pandas as pd
 import pytest
+from scipy import stats
 from typer.testing import CliRunner
 
 from srlib import data, files
@@ -172,6 +173,14 @@ def test_the_curve_is_steps_by_measured_milliseconds(reference):
     assert {run.config.steps for run in plan if run.config.system == "conv"} == {
         1500, 3000, 6000, 12000, 24000,
     }  # fmt: skip
+
+
+def test_the_cpu_s_step_is_known_of_all_systems_of_the_curve(monkeypatch):
+    monkeypatch.undo()  # the repository's own
+    step = grid.cpu_step()
+    assert {*grid.CURVE} <= {*step.index}
+    assert step.between(0.1, 100).all()
+    assert "1 thread" in str(step.name)  # hours of a core
 
 
 def test_runs_by_the_authors_recipe_have_names_of_their_own():
@@ -449,18 +458,18 @@ def test_a_table_of_equal_time_says_so():
     assert grid.made_with(table) == expected
 
 
-READ = ("tom", "peers", "parts", "seeds", "time")
+READ = ("tom", "peers", "parts", "seeds", "time", "curve")
 
 
 @pytest.mark.parametrize(
     ("kept", "drawn"),
     [
         (0, set()),
-        (1, {"04-folds", "04-error-volume", "04-hippocampus-volumes"}),
-        (99, {"04-equal-steps", "04-paired", "04-spread", "04-equal-time", "04-folds"}),
+        (1, {"04-folds", "04-error-volume", "04-hippocampus-volumes", "04-curve"}),
+        (99, {"04-equal-steps", "04-paired", "04-spread", "04-equal-time", "04-folds", "04-curve"}),
     ],
 )
-def test_notebook_needs_no_number_of_committed_runs(kept, drawn, reference, monkeypatch):
+def test_notebook_needs_no_number_of_committed_runs(kept, drawn, reference, monkeypatch, capsys):
     """Its cells that read the repository's runs, with none, the first of each grid, or all."""
     monkeypatch.setattr(grid, "cost", lambda _: {"parameters": 1, "gmacs": 1.5})
     monkeypatch.setattr(statistics, "RESAMPLES", 99)
@@ -471,8 +480,10 @@ def test_notebook_needs_no_number_of_committed_runs(kept, drawn, reference, monk
     shown = []
     for method in ("show", "table"):
         monkeypatch.setattr(plots.Record, method, lambda _, what, name, **__: shown.append(name))
+    step = pd.Series(2.0, [*grid.SYSTEMS], name="a CPU")
+    monkeypatch.setattr(grid, "cpu_step", lambda: step)
     names = {"PROFILE": "smoke", "DATASET": "mni152", "SEED": 0, "pd": pd}
-    names |= vars(grid) | {"plots": plots, "statistics": statistics}
+    names |= vars(grid) | {"plots": plots, "statistics": statistics, "stats": stats}
     cells = nbformat.read(files.NOTEBOOKS / "04_evaluation.ipynb", as_version=4).cells
     for cell in cells:
         if "committed" in cell.metadata.get("tags", []):
@@ -480,6 +491,8 @@ def test_notebook_needs_no_number_of_committed_runs(kept, drawn, reference, monk
     assert drawn <= set(shown)
     assert kept or not shown
     assert ("04-equal-time" in shown) == (kept == 99)
+    said = capsys.readouterr().out
+    assert said.count("trainings are missing, nothing is decided") == {0: 5, 1: 5, 99: 1}[kept]
 
 
 def test_costs_are_counted_for_the_plan_s_patch():
