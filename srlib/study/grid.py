@@ -275,7 +275,8 @@ def cpu_step() -> pd.Series:
 
     Measured by `bench step small` where there is no GPU, without samples.
     """
-    table = tables.read(paths.REFERENCE / "cpu" / "step.csv").set_index("system")
+    table = tables.read(paths.REFERENCE / "cpu" / "step.csv").query("precision == 'fp32'")
+    table = table.set_index("system")
     return (table["eager_ms"] / 1000).rename(table["device"].iloc[0])
 
 
