@@ -392,10 +392,11 @@ def dice_by_seconds(trainings: pd.DataFrame, cpu_hours: float) -> Figure:
     looks = _looks(trainings.assign(at=trainings["seconds"] * apart), "title", COLOURS)
     looks |= {"x": "at", "y": "dice", "ax": axis}
     sns.scatterplot(**looks, **POINTS)
-    if trainings["whole"].any():
-        looks["data"] = looks["data"][trainings["whole"]]
-        line: dict[str, Any] = {"dashes": False, "errorbar": None, "legend": False}
-        sns.lineplot(**looks, **line, markersize=7, markeredgewidth=0)
+    means = looks["data"][trainings["whole"]].groupby(["title", "seconds"])[["at", "dice"]].mean()
+    for k, name in enumerate(names):
+        # a budget without a mean breaks the line
+        of = means.reindex([(name, s) for s in seconds])
+        axis.plot(of["at"], of["dice"], **_style(k, COLOURS), markersize=7)
     axis.set_xscale("log", base=2)
     axis.set_xticks(seconds, [f"{s:g}" for s in seconds])
     axis.set(xlabel="seconds of a GPU alone", ylabel="mean Dice of a fold's cases (1: perfect)")

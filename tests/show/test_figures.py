@@ -339,14 +339,16 @@ def test_dice_by_seconds_joins_means_of_whole_budgets_only():
     axis = figure.axes[0]
     assert legend(figure) == ["SegResMamba", "no ToM"]
     assert sum(len(points.get_offsets()) for points in axis.collections) == 16
-    drawn = [line for line in axis.lines if len(line.get_xdata())]
-    first = [line.get_ydata()[0] for line in drawn]
-    assert first == pytest.approx([TRAININGS["dice"][:2].mean(), TRAININGS["dice"][4:6].mean()])
-    assert [len(line.get_xdata()) for line in drawn] == [2, 2]  # 15 s and the half of 60 s
+    drawn = [line.get_ydata() for line in axis.lines if len(line.get_xdata()) == 3]
+    for rows, means in zip((slice(0, 2), slice(4, 6)), drawn, strict=True):
+        mean = TRAININGS["dice"][
+            rows
+        ].mean()  # of 15 s and of the half of 60 s; 30 s breaks the line
+        assert means.tolist() == pytest.approx([mean, np.nan, mean], nan_ok=True)
     (above,) = axis.child_axes
     assert [label.get_text() for label in above.get_xticklabels()] == ["0.75", "1.5", "3"]
     none = charts.dice_by_seconds(TRAININGS.assign(whole=False), 0.05)
-    assert not any(len(line.get_xdata()) for line in none.axes[0].lines)
+    assert all(np.isnan(line.get_ydata()).all() for line in none.axes[0].lines)
 
 
 def test_outline_encloses_a_structure_at_the_border_in_mm():

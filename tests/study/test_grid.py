@@ -413,9 +413,9 @@ def test_unknown_grid_is_answered_with_the_known_ones():
 # --- For the notebooks ----------------------------------------------------------------------------
 
 
-def keep_cases(config: RunConfig) -> None:
+def keep_cases(config: RunConfig, shift: float = 0.0) -> None:
     """Put down what a run on six cases would leave."""
-    table = case_tables.cases({"any": 0.0}, (config.fold,), (config.seed,), n=6)
+    table = case_tables.cases({"any": shift}, (config.fold,), (config.seed,), n=6)
     grid.keep(config, table[[*grid.COLUMNS]].to_csv(index=False), RECORD)
 
 
@@ -493,6 +493,32 @@ def test_notebook_needs_no_number_of_committed_runs(kept, drawn, reference, monk
     assert ("04-equal-time" in shown) == (kept == 99)
     said = capsys.readouterr().out
     assert said.count("trainings are missing, nothing is decided") == {0: 5, 1: 5, 99: 1}[kept]
+    assert shown.count("04-curve") == {0: 0, 1: 1, 99: 2}[kept]  # figure; figure and table
+
+
+def test_the_curve_names_who_is_ahead_and_whose_training_diverged(reference, monkeypatch, capsys):
+    monkeypatch.setattr(statistics, "RESAMPLES", 99)
+    for config in grid.configs("curve")[:24]:  # of the longest budget
+        if (config.system, config.fold) == ("segmamba", 1):
+            nothing = pd.DataFrame(columns=[*grid.COLUMNS]).to_csv(index=False)
+            grid.keep(config, nothing, {**RECORD, "diverged": "the loss rose"})
+        else:
+            keep_cases(config, {"segresnet": 0.05, "none": -0.05}.get(config.system, 0.0))
+    for method in ("show", "table"):
+        monkeypatch.setattr(plots.Record, method, lambda *_, **__: None)
+    monkeypatch.setattr(grid, "cpu_step", lambda: pd.Series(2.0, [*grid.SYSTEMS], name="a CPU"))
+    names = {"PROFILE": "smoke", "DATASET": "mni152", "SEED": 0, "pd": pd}
+    names |= vars(grid) | {"plots": plots, "statistics": statistics, "stats": stats}
+    names |= {"equal_steps": grid.cases("tom"), "whole": grid.cases("tom")}
+    for cell in nbformat.read(files.NOTEBOOKS / "04_evaluation.ipynb", as_version=4).cells:
+        if cell.id == "committed-code" or (
+            cell.id.startswith("curve") and cell.cell_type == "code"
+        ):
+            exec(cell.source, names)
+    said = capsys.readouterr().out
+    assert "diverged: segmamba-fold1" in said
+    ahead = "240 s: ahead of SegResMamba: SegResNet; behind: no ToM; not compared: SegMamba"
+    assert ahead in said
 
 
 def test_costs_are_counted_for_the_plan_s_patch():
