@@ -341,9 +341,8 @@ def test_dice_by_seconds_joins_means_of_whole_budgets_only():
     assert sum(len(points.get_offsets()) for points in axis.collections) == 16
     drawn = [line.get_ydata() for line in axis.lines if len(line.get_xdata()) == 3]
     for rows, means in zip((slice(0, 2), slice(4, 6)), drawn, strict=True):
-        mean = TRAININGS["dice"][
-            rows
-        ].mean()  # of 15 s and of the half of 60 s; 30 s breaks the line
+        mean = TRAININGS["dice"][rows].mean()
+        # of 15 s and of the half of 60 s; 30 s breaks the line
         assert means.tolist() == pytest.approx([mean, np.nan, mean], nan_ok=True)
     (above,) = axis.child_axes
     assert [label.get_text() for label in above.get_xticklabels()] == ["0.75", "1.5", "3"]

@@ -496,7 +496,7 @@ def test_notebook_needs_no_number_of_committed_runs(kept, drawn, reference, monk
     assert shown.count("04-curve") == {0: 0, 1: 1, 99: 2}[kept]  # figure; figure and table
 
 
-def test_the_curve_names_who_is_ahead_and_whose_training_diverged(reference, monkeypatch, capsys):
+def test_the_curve_names_who_is_ahead_and_whose_training_diverged(monkeypatch, capsys):
     monkeypatch.setattr(statistics, "RESAMPLES", 99)
     for config in grid.configs("curve")[:24]:  # of the longest budget
         if (config.system, config.fold) == ("segmamba", 1):

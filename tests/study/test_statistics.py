@@ -380,6 +380,15 @@ def test_accuracy_is_the_share_of_the_called_voxels_that_is_called_right(dataset
     assert (row["accuracy"], row["found"]) == (3 / 6, 6 / 8)
 
 
+def test_accuracies_that_differ_beyond_the_digits_of_the_files_are_equal():
+    """Three wrong voxels of 13,827 and of 13,826, which decided a point of `distance`; and no more than all right."""
+    key = {"system": "none", "title": "no ToM", "dataset": "cue-016", "seed": [0, 1, 2]}
+    found = {"sensitivity": 1.0, "volume_ref_ml": [13.824, 13.823, 1.0000000003]}
+    called = {"volume_pred_ml": [13.827, 13.826, 1.0]}
+    accuracy = statistics.cue_accuracy(pd.DataFrame({**key, **found, **called}))["accuracy"]
+    assert accuracy[0] == accuracy[1] < accuracy[2] == 1
+
+
 def accuracies(at=("cue", 2, 16), **systems):
     """A row for each training: its accuracies by system, with seeds from 0."""
     point = dict(zip(statistics.POINT, at, strict=True))
