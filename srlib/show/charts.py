@@ -380,18 +380,21 @@ def accuracy_by_distance(table: pd.DataFrame) -> Figure:
 
 
 def dice_by_seconds(trainings: pd.DataFrame, cpu_hours: float) -> Figure:
-    """Mean Dice against the seconds of a GPU that a training was given; each training, and means where all are there.
+    """Mean Dice against the seconds of a GPU that a training was given; each with its fold, means where all are there.
 
     Args:
-        trainings: one row each, columns `title`, `seconds`, `dice`, and `whole`: whether its budget has them all.
+        trainings: one row each, columns `title`, `fold`, `seconds`, `dice`, and `whole`: whether its budget has all.
         cpu_hours: what a CPU takes for one such second, the upper axis.
     """
     figure, axis = subplots(height=4.2)
     names, seconds = list(trainings["title"].unique()), sorted(trainings["seconds"].unique())
-    apart = 2 ** (0.4 * ((trainings["title"].map(names.index) + 0.5) / len(names) - 0.5))
+    apart = 2 ** (0.75 * ((trainings["title"].map(names.index) + 0.5) / len(names) - 0.5))
     looks = _looks(trainings.assign(at=trainings["seconds"] * apart), "title", COLOURS)
     looks |= {"x": "at", "y": "dice", "ax": axis}
-    sns.scatterplot(**looks, **POINTS)
+    sns.scatterplot(**looks, **POINTS | {"s": 110, "alpha": 0.4})
+    middle: dict[str, Any] = {"ha": "center", "va": "center_baseline", "zorder": 1.5}  # below means
+    for at, dice, fold in looks["data"][["at", "dice", "fold"]].itertuples(index=False):
+        axis.text(at, dice, f"{fold}", size=8, **middle)
     means = looks["data"][trainings["whole"]].groupby(["title", "seconds"])[["at", "dice"]].mean()
     for k, name in enumerate(names):
         # a budget without a mean breaks the line

@@ -407,6 +407,17 @@ def runs(name: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*KEY, "device", "seconds", "diverged", "commit"])
 
 
+def budgets(name: str) -> pd.DataFrame:
+    """One row for each budget of a grid by its `minutes`, the shortest first; none at equal steps.
+
+    Columns: `planned` and `ended`, trainings, and `whole`, whether all ended. One that diverged has ended, too.
+    """
+    minutes = pd.Series([run.minutes for run in planned(name)], name="minutes")
+    table = minutes.value_counts().sort_index().to_frame("planned")
+    table["ended"] = runs(name)["minutes"].value_counts().reindex(table.index, fill_value=0)
+    return table.assign(whole=table["ended"] == table["planned"])
+
+
 def cases(name: str) -> pd.DataFrame:
     """One row for each finished run of a grid, case and class: a run's key and `evaluate`'s columns."""
     return _cases(planned(name))

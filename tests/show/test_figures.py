@@ -42,7 +42,9 @@ ACCURACY = ACCURACY.assign(seed=[0, 1] * 2, title="SegResMamba", system="segresm
 ACCURACY = ACCURACY.assign(task="cue", axis=2)
 TRAININGS = pd.DataFrame({"seconds": [15, 15, 30, 30] * 2, "dice": np.linspace(0.86, 0.89, 8)})
 TRAININGS = TRAININGS.assign(
-    title=["SegResMamba"] * 4 + ["no ToM"] * 4, whole=[True, True, False, False] * 2
+    fold=[1, 2] * 4,
+    title=["SegResMamba"] * 4 + ["no ToM"] * 4,
+    whole=[True, True, False, False] * 2,
 )
 BINS = {"voxels": 9, "predicted": np.arange(9), "observed": 9 * RANDOM.uniform(size=9)}
 RIVALS = pd.DataFrame({"here": [0.2, 0.7], "low": [0.1, 0.6], "high": [0.3, 0.7]})
@@ -339,6 +341,7 @@ def test_dice_by_seconds_joins_means_of_whole_budgets_only():
     axis = figure.axes[0]
     assert legend(figure) == ["SegResMamba", "no ToM"]
     assert sum(len(points.get_offsets()) for points in axis.collections) == 16
+    assert [text.get_text() for text in axis.texts] == ["1", "2"] * 8
     drawn = [line.get_ydata() for line in axis.lines if len(line.get_xdata()) == 3]
     for rows, means in zip((slice(0, 2), slice(4, 6)), drawn, strict=True):
         mean = TRAININGS["dice"][rows].mean()

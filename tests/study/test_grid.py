@@ -458,6 +458,43 @@ def test_a_table_of_equal_time_says_so():
     assert grid.made_with(table) == expected
 
 
+def keep_diverged(config: RunConfig) -> None:
+    """Put down what a training that diverged would leave."""
+    nothing = pd.DataFrame(columns=[*grid.COLUMNS]).to_csv(index=False)
+    grid.keep(config, nothing, {**RECORD, "diverged": "the loss rose"})
+
+
+def test_a_budget_is_whole_when_all_its_trainings_ended_diverged_ones_too():
+    first, *others, last = grid.configs("curve")[:24]  # of the longest budget
+    keep_diverged(first)
+    for config in others:
+        keep(config)
+    assert grid.budgets("curve").loc[4].tolist() == [24, 23, False]
+    keep(last)
+    table = grid.budgets("curve")
+    assert table["planned"].to_dict() == dict.fromkeys((0.25, 0.5, 1, 2, 4), 24)
+    assert table["ended"].tolist() == [0, 0, 0, 0, 24]
+    assert table["whole"].tolist() == [False] * 4 + [True]
+    assert grid.budgets("tom").empty
+
+
+def execute_committed(monkeypatch) -> list[str]:
+    """Execute 04's cells that read the repository's runs; returns the names of the figures and tables they show."""
+    monkeypatch.setattr(grid, "cost", lambda _: {"parameters": 1, "gmacs": 1.5})
+    monkeypatch.setattr(statistics, "RESAMPLES", 99)
+    step = pd.Series(2.0, [*grid.SYSTEMS], name="a CPU")
+    monkeypatch.setattr(grid, "cpu_step", lambda: step)
+    shown: list[str] = []
+    for method in ("show", "table"):
+        monkeypatch.setattr(plots.Record, method, lambda _, what, name, **__: shown.append(name))
+    names = {"PROFILE": "smoke", "DATASET": "mni152", "SEED": 0, "pd": pd}
+    names |= vars(grid) | {"plots": plots, "statistics": statistics, "stats": stats}
+    for cell in nbformat.read(files.NOTEBOOKS / "04_evaluation.ipynb", as_version=4).cells:
+        if "committed" in cell.metadata.get("tags", []):
+            exec(cell.source, names)
+    return shown
+
+
 READ = ("tom", "peers", "parts", "seeds", "time", "curve")
 
 
@@ -471,23 +508,11 @@ READ = ("tom", "peers", "parts", "seeds", "time", "curve")
 )
 def test_notebook_needs_no_number_of_committed_runs(kept, drawn, reference, monkeypatch, capsys):
     """Its cells that read the repository's runs, with none, the first of each grid, or all."""
-    monkeypatch.setattr(grid, "cost", lambda _: {"parameters": 1, "gmacs": 1.5})
-    monkeypatch.setattr(statistics, "RESAMPLES", 99)
     for name in READ:  # the later ones ask for the best of the peers
         for config in grid.configs(name)[:kept]:
             if not grid.is_done(config):
                 keep_cases(config)
-    shown = []
-    for method in ("show", "table"):
-        monkeypatch.setattr(plots.Record, method, lambda _, what, name, **__: shown.append(name))
-    step = pd.Series(2.0, [*grid.SYSTEMS], name="a CPU")
-    monkeypatch.setattr(grid, "cpu_step", lambda: step)
-    names = {"PROFILE": "smoke", "DATASET": "mni152", "SEED": 0, "pd": pd}
-    names |= vars(grid) | {"plots": plots, "statistics": statistics, "stats": stats}
-    cells = nbformat.read(files.NOTEBOOKS / "04_evaluation.ipynb", as_version=4).cells
-    for cell in cells:
-        if "committed" in cell.metadata.get("tags", []):
-            exec(cell.source, names)
+    shown = execute_committed(monkeypatch)
     assert drawn <= set(shown)
     assert kept or not shown
     assert ("04-equal-time" in shown) == (kept == 99)
@@ -497,24 +522,12 @@ def test_notebook_needs_no_number_of_committed_runs(kept, drawn, reference, monk
 
 
 def test_the_curve_names_who_is_ahead_and_whose_training_diverged(monkeypatch, capsys):
-    monkeypatch.setattr(statistics, "RESAMPLES", 99)
     for config in grid.configs("curve")[:24]:  # of the longest budget
         if (config.system, config.fold) == ("segmamba", 1):
-            nothing = pd.DataFrame(columns=[*grid.COLUMNS]).to_csv(index=False)
-            grid.keep(config, nothing, {**RECORD, "diverged": "the loss rose"})
+            keep_diverged(config)
         else:
             keep_cases(config, {"segresnet": 0.05, "none": -0.05}.get(config.system, 0.0))
-    for method in ("show", "table"):
-        monkeypatch.setattr(plots.Record, method, lambda *_, **__: None)
-    monkeypatch.setattr(grid, "cpu_step", lambda: pd.Series(2.0, [*grid.SYSTEMS], name="a CPU"))
-    names = {"PROFILE": "smoke", "DATASET": "mni152", "SEED": 0, "pd": pd}
-    names |= vars(grid) | {"plots": plots, "statistics": statistics, "stats": stats}
-    names |= {"equal_steps": grid.cases("tom"), "whole": grid.cases("tom")}
-    for cell in nbformat.read(files.NOTEBOOKS / "04_evaluation.ipynb", as_version=4).cells:
-        if cell.id == "committed-code" or (
-            cell.id.startswith("curve") and cell.cell_type == "code"
-        ):
-            exec(cell.source, names)
+    execute_committed(monkeypatch)
     said = capsys.readouterr().out
     assert "diverged: segmamba-fold1" in said
     ahead = "240 s: ahead of SegResMamba: SegResNet; behind: no ToM; not compared: SegMamba"
