@@ -353,6 +353,15 @@ def test_dice_by_seconds_joins_means_of_whole_budgets_only():
     assert all(np.isnan(line.get_ydata()).all() for line in none.axes[0].lines)
 
 
+def test_dice_by_seconds_keeps_what_a_failed_training_would_flatten():
+    dice = TRAININGS["dice"].where(TRAININGS.index > 0, 0.31)
+    (axis, *_) = charts.dice_by_seconds(TRAININGS.assign(dice=dice), 0.05).axes
+    assert [text.get_text() for text in axis.texts if "↓" in text.get_text()] == ["↓ 0.310"]
+    assert dice.median() - 0.04 < axis.get_ylim()[0] < dice.median() - 0.03
+    drawn = next(line.get_ydata() for line in axis.lines if len(line.get_xdata()) == 2)
+    assert drawn[0] == pytest.approx(dice[:2].mean())  # not that of the marks as they stand
+
+
 def test_outline_encloses_a_structure_at_the_border_in_mm():
     labels = np.zeros(SHAPE, dtype=int)
     labels[:2, :3, 2] = 1
