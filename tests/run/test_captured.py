@@ -74,6 +74,29 @@ def test_a_training_s_captured_steps_give_the_weights_of_its_steps_as_they_are()
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a CPU's bits are tested")
+def test_a_resumed_training_on_a_gpu_gives_the_weights_of_the_undisturbed_one(
+    tmp_path, monkeypatch
+):
+    config = config_for("default", "cue-008", steps=2 * (WARM_UP + 5))
+    monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path / "undisturbed"))
+    expected = train.load_trained(train.train(config, progress=False).run_dir).weights
+    monkeypatch.setenv("SRLIB_RESULTS", str(tmp_path / "resumed"))
+    rate = train.learning_rate
+
+    def stop(config, step):
+        if step == WARM_UP + 5:  # some of its steps were captured
+            raise KeyboardInterrupt
+        return rate(config, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config, progress=False, checkpoint_seconds=0)
+    found = train.load_trained(train.train(config, progress=False).run_dir)
+    assert all(torch.equal(found.weights[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_cudnn_is_deterministic_in_a_training_and_as_before_afterwards(
     monkeypatch, tmp_path, before
