@@ -385,7 +385,7 @@ DEPTH = 0.03  # of the picture below the median Dice; deeper marks stand on its 
 def dice_by_seconds(trainings: pd.DataFrame, cpu_hours: float) -> Figure:
     """Mean Dice against the seconds of a GPU that a training was given; each with its fold, means where all are there.
 
-    A training more than 0.03 below the median stands on the lower edge beside an arrow and its Dice.
+    Trainings more than 0.03 below the median stand on the lower edge, above them their folds and Dice.
 
     Args:
         trainings: one row each, columns `title`, `fold`, `seconds`, `dice`, and `whole`: whether its budget has all.
@@ -400,12 +400,14 @@ def dice_by_seconds(trainings: pd.DataFrame, cpu_hours: float) -> Figure:
     looks |= {"x": "at", "y": "shown", "ax": axis}
     sns.scatterplot(**looks, **POINTS | {"s": 110, "alpha": 0.4})
     middle: dict[str, Any] = {"ha": "center", "va": "center_baseline", "zorder": 1.5}  # below means
-    for row in looks["data"].itertuples():
-        axis.text(row.at, row.shown, f"{row.fold}", size=8, **middle)
-        if row.dice < edge:
-            below: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "size": 8}
-            axis.annotate(f"↓ {row.dice:.3f}", (row.at, edge), (0, 8), **below)
-            axis.set_ylim(bottom=edge - DEPTH / 20)
+    low = looks["data"]["dice"] < edge
+    for row in looks["data"][~low].itertuples():
+        axis.text(row.at, row.dice, f"{row.fold}", size=8, **middle)
+    for at, rows in looks["data"][low].groupby("at"):
+        said = "\n".join(f"{row.fold} ↓ {row.dice:.3f}" for row in rows.itertuples())
+        above_mark: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
+        axis.annotate(said, (at, edge), (0, 7), size=8, **above_mark)
+        axis.set_ylim(bottom=edge - DEPTH / 20)
     means = looks["data"][trainings["whole"]].groupby(["title", "seconds"])[["at", "dice"]].mean()
     for k, name in enumerate(names):
         # a budget without a mean breaks the line

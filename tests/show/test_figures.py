@@ -353,10 +353,11 @@ def test_dice_by_seconds_joins_means_of_whole_budgets_only():
     assert all(np.isnan(line.get_ydata()).all() for line in none.axes[0].lines)
 
 
-def test_dice_by_seconds_keeps_what_a_failed_training_would_flatten():
-    dice = TRAININGS["dice"].where(TRAININGS.index > 0, 0.31)
+def test_dice_by_seconds_keeps_what_failed_trainings_would_flatten():
+    dice = TRAININGS["dice"].where(TRAININGS.index > 1, 0.31 + 0.1 * TRAININGS.index)
     (axis, *_) = charts.dice_by_seconds(TRAININGS.assign(dice=dice), 0.05).axes
-    assert [text.get_text() for text in axis.texts if "↓" in text.get_text()] == ["↓ 0.310"]
+    # of one network and budget, so at one place
+    assert [t.get_text() for t in axis.texts if "↓" in t.get_text()] == ["1 ↓ 0.310\n2 ↓ 0.410"]
     assert dice.median() - 0.04 < axis.get_ylim()[0] < dice.median() - 0.03
     drawn = next(line.get_ydata() for line in axis.lines if len(line.get_xdata()) == 2)
     assert drawn[0] == pytest.approx(dice[:2].mean())  # not that of the marks as they stand
