@@ -385,7 +385,7 @@ DEPTH = 0.03  # of the picture below the median Dice; deeper marks stand on its 
 def dice_by_seconds(trainings: pd.DataFrame, cpu_hours: float) -> Figure:
     """Mean Dice against the seconds of a GPU that a training was given; each with its fold, means where all are there.
 
-    Trainings more than 0.03 below the median stand on the lower edge, above them their folds and Dice.
+    Trainings more than 0.03 below the median stand on the lower edge, beside them their folds and Dice.
 
     Args:
         trainings: one row each, columns `title`, `fold`, `seconds`, `dice`, and `whole`: whether its budget has all.
@@ -405,8 +405,8 @@ def dice_by_seconds(trainings: pd.DataFrame, cpu_hours: float) -> Figure:
         axis.text(row.at, row.dice, f"{row.fold}", size=8, **middle)
     for at, rows in looks["data"][low].groupby("at"):
         said = "\n".join(f"{row.fold} ↓ {row.dice:.3f}" for row in rows.itertuples())
-        above_mark: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
-        axis.annotate(said, (at, edge), (0, 7), size=8, **above_mark)
+        beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "bottom"}
+        axis.annotate(said, (at, edge), (-7, -4), size=8, **beside)
         axis.set_ylim(bottom=edge - DEPTH / 20)
     means = looks["data"][trainings["whole"]].groupby(["title", "seconds"])[["at", "dice"]].mean()
     for k, name in enumerate(names):
