@@ -478,21 +478,19 @@ def test_a_budget_is_whole_when_all_its_trainings_ended_diverged_ones_too():
     assert grid.budgets("tom").empty
 
 
-def execute_committed(monkeypatch) -> tuple[list[str], dict[str, str]]:
+def execute_committed(monkeypatch) -> list[tuple[str, str]]:
     """Execute 04's cells that read the repository's runs.
 
-    Returns the names of the figures and tables they show, and the figures' alternative texts.
+    Returns the name of each figure and table that they show, and a figure's alternative text.
     """
     monkeypatch.setattr(grid, "cost", lambda _: {"parameters": 1, "gmacs": 1.5})
     monkeypatch.setattr(statistics, "RESAMPLES", 99)
     step = pd.Series(2.0, [*grid.SYSTEMS], name="a CPU")
     monkeypatch.setattr(grid, "cpu_step", lambda: step)
-    shown: list[str] = []
-    texts: dict[str, str] = {}
+    shown: list[tuple[str, str]] = []
 
     def show(_, what, name, alt="", **__):
-        shown.append(name)
-        texts[name] = texts.get(name) or alt
+        shown.append((name, alt))
 
     for method in ("show", "table"):
         monkeypatch.setattr(plots.Record, method, show)
@@ -501,7 +499,7 @@ def execute_committed(monkeypatch) -> tuple[list[str], dict[str, str]]:
     for cell in nbformat.read(files.NOTEBOOKS / "04_evaluation.ipynb", as_version=4).cells:
         if "committed" in cell.metadata.get("tags", []):
             exec(cell.source, names)
-    return shown, texts
+    return shown
 
 
 READ = ("tom", "peers", "parts", "seeds", "time", "curve")
@@ -521,7 +519,7 @@ def test_notebook_needs_no_number_of_committed_runs(kept, drawn, reference, monk
         for config in grid.configs(name)[:kept]:
             if not grid.is_done(config):
                 keep_cases(config)
-    shown, _ = execute_committed(monkeypatch)
+    shown = [name for name, _ in execute_committed(monkeypatch)]
     assert drawn <= set(shown)
     assert kept or not shown
     assert ("04-equal-time" in shown) == (kept == 99)
@@ -538,10 +536,10 @@ def test_the_curve_names_who_is_ahead_and_whose_training_diverged(monkeypatch, c
             keep_cases(config, {"segresnet": 0.05, "none": -0.05}.get(config.system, 0.0))
     for config in grid.configs("curve")[24:29]:  # of 120 s all but one network's
         keep_cases(config)
-    _, texts = execute_committed(monkeypatch)
+    (alt,) = (alt for name, alt in execute_committed(monkeypatch) if name == "04-curve" and alt)
     # over the folds that all have, without that of the diverged one
-    assert "; SegResNet, 240 s: 0.930 (3)" in texts["04-curve"]
-    assert "; no such fold at 120 s." in texts["04-curve"]
+    assert "; SegResNet, 240 s: 0.930 (3)" in alt
+    assert "; no such fold at 120 s." in alt
     said = capsys.readouterr().out
     assert "diverged: segmamba-fold1" in said
     ahead = "240 s: ahead of SegResMamba: SegResNet; behind: no ToM; not compared: SegMamba"
