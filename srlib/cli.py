@@ -91,7 +91,6 @@ def collection(
 ) -> None:
     """Execute the notebooks in order; write figures, tables, pages and a manifest."""
     from srlib.data.catalog import CATALOG
-    from srlib.run import profiles
 
     profiles.get(profile)  # before seconds of imports, as the data set's name
     if dataset not in CATALOG and not Path(dataset).is_dir():
@@ -336,7 +335,7 @@ def say(message: str) -> None:
     epilog="Examples: train --data my_scans; train --dataset hippocampus --model small --steps 1500 --fold 0"
 )
 def train(
-    dataset: Annotated[str, typer.Option("--dataset", help="Name of a data set.")] = "mni152",
+    dataset: DatasetOption = "mni152",
     folder: Annotated[
         Path | None,
         typer.Option("--data", metavar="DIR", help="A folder of scans and labels instead."),
@@ -366,15 +365,12 @@ def train(
     from srlib.run import runs
     from srlib.run.train import train
 
-    def configure() -> runs.RunConfig:
-        name = str(folder.resolve()) if folder else data.get(dataset).name
-        settings: dict[str, Any] = {"model": model, "steps": steps, "batch_size": batch_size}
-        settings["learning_rate"] = learning_rate
-        if patch:
-            settings["patch_size"] = patch
-        return runs.config_for("default", name, fold, seed, **settings)
-
-    config = configure()
+    name = str(folder.resolve()) if folder else data.get(dataset).name
+    settings: dict[str, Any] = {"model": model, "steps": steps, "batch_size": batch_size}
+    settings["learning_rate"] = learning_rate
+    if patch:
+        settings["patch_size"] = patch
+    config = runs.config_for("default", name, fold, seed, **settings)
     if folder:
         say(runs.plan_in_words(config.dataset, model))
     patches = " x ".join(map(str, config.patch_size))
@@ -393,17 +389,18 @@ def train(
 def evaluate(checkpoint: CheckpointFile) -> None:
     """Score a trained network on its held-out cases; the tables go beside it.
 
-    metrics.csv has a row for each case and class. Printed is their spread over the cases.
+    metrics.csv has a row for each case and class. Printed is their spread over the cases. Of a file that is not
+    called model.safetensors, they go into a folder of its name.
     """
-    from srlib.run.evaluate import evaluate, summarise
-    from srlib.run.train import load_trained
+    from srlib.run.evaluate import evaluate, scores_folder, summarise
+    from srlib.run.train import load_trained, network_file
 
-    file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
+    file = network_file(checkpoint)
     config = load_trained(file).config
     table = evaluate(config, checkpoint=file)
     typer.echo(f"{config.dataset}, fold {config.fold}: {table['case'].nunique()} held-out cases")
     typer.echo(summarise(table).to_string(index=False, float_format="{:.3f}".format))
-    typer.echo(f"each case: {file.parent / 'metrics.csv'}")
+    typer.echo(f"each case: {scores_folder(file) / 'metrics.csv'}")
 
 
 @app.command(
@@ -444,7 +441,7 @@ def predict(
     segmenter = predict.load(checkpoint)
     cases = predict.find_cases(inputs, segmenter.entry.in_channels)
     targets = predict.targets(out, cases, overwrite)
-    replaced = {path for path in targets.values() if path.exists()}
+    replaced = {path for path in targets.values() if os.path.lexists(path)}
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name in cases:
@@ -474,6 +471,8 @@ def export(
 
     docs/export.md says what each can do. Nothing is uploaded.
     """
+    from srlib.run.train import network_file
+
     kind = to or target.suffix.removeprefix(".")
     if kind not in ("hub", "bundle", "onnx") or (kind == "onnx") != (target.suffix == ".onnx"):
         raise ValueError(
@@ -481,7 +480,7 @@ def export(
         )
     if os.path.lexists(target):
         raise ValueError(f"{target}: is there already; choose another name")
-    file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
+    file = network_file(checkpoint)
     import_module(f"srlib.export.{kind}").write(file, target)
     typer.echo(target)
 

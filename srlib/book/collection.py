@@ -164,7 +164,7 @@ def parameters_for(plan: Collection, notebook: Path) -> dict[str, Any]:
 
 def stamp(plan: Collection, notebook: Path) -> str:
     """A hash of everything that the notebook's results depend on, see the text above."""
-    made_with, sources = machine.describe(), [notebook]
+    made_with, sources, dataset = machine.describe(), [notebook], data.open(plan.dataset)
     if notebook.parent.name == "solutions":  # they execute cells of the notebook that they solve
         sources.append(notebook.parent.parent / notebook.name.replace("_solutions", ""))
     contents = {
@@ -172,7 +172,8 @@ def stamp(plan: Collection, notebook: Path) -> str:
             (cell.cell_type, cell.source) for file in sources for cell in read_notebook(file).cells
         ],
         "parameters": parameters_for(plan, notebook),
-        "run": [plan.profile, plan.dataset, data.open(plan.dataset).fingerprint, *data.present()],
+        "run": [plan.profile, plan.dataset, dataset.fingerprint, *data.present()],
+        "stated": dataset.entry.stated,
         "recipe": paths.RECIPE,
         "reference": [
             (file.relative_to(paths.REFERENCE).as_posix(), _hash(file.read_bytes()))

@@ -91,6 +91,12 @@ class Entry:
         return tuple(found) or tuple(range(1, len(self.classes) + 1))
 
     @property
+    def stated(self) -> list[Any]:
+        """What decides a training and a folder's owner may state anew of the same voxels; empty for the catalogue's."""
+        names = ("modalities", "classes", "label_values", "spacing", "normalisation", "flip_axes")
+        return [getattr(self, name) for name in names] if self.median_size else []
+
+    @property
     def members(self) -> tuple[tuple[int, ...], ...]:
         """For each class, the labels of this library's maps (not of the files) that belong to it."""
         label = {value: k for k, value in enumerate(self.values, start=1)}

@@ -247,4 +247,6 @@ def _sorted(cases: Iterable[Case], where: Path) -> tuple[Case, ...]:
             raise DataError(
                 f"{case.label}: expected the name of a scan with at most {LONGEST_NAME} bytes"
             )
+        if case.id in (".", "..") or Path(case.id).name != case.id:  # files are named by it
+            raise DataError(f"{where}: the case {case.id!r}; expected a name, not a path")
     return ordered

@@ -52,7 +52,7 @@ class Draw(NamedTuple):
 
     Attributes:
         corner: first voxel of the patch in the case, (X, Y, Z); negative where the case is the smaller one.
-        turn: (3, 3), rotation times scaling about the patch's centre; `None` for a plain crop.
+        turn: (3, 3), of voxels, rotation times scaling in mm about the patch's centre; `None` for a plain crop.
         flips: spatial axes that are mirrored.
         changes: of intensities, of those in `INTENSITIES` that happen.
         noise: the generator of the noise.
@@ -133,7 +133,7 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.checked: set[Path] = set()  # by this process; each time would outlast a sample
         self.patch_size = tuple(patch_size)
         self.batch_size, self.steps, self.first_step = batch_size, steps, first_step
-        self.seed, self.flip_axes = seed, dataset.entry.flip_axes
+        self.seed = seed
         self.augmentation = augmentation if augment else None
         # Generators of MONAI's kind, seeded for each sample: to make one takes ten times as long.
         self.random, self.stream = RandomState(0), RandomState(0)
@@ -153,9 +153,9 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         index = _order(self.seed, epoch, len(self.cases))[position]
         case = self.staying[index] if self.staying else self._read(index)
         self.random.seed(_key(self.seed, 1, *divmod(number, self.batch_size)))
-        draw = _draw(
-            case, self.patch_size, self.flip_axes, self.augmentation, self.random, self.stream
-        )
+        entry = self.dataset.entry
+        about = (self.patch_size, entry.flip_axes, entry.spacing, self.augmentation)
+        draw = _draw(case, *about, self.random, self.stream)
         image, label = _make(case, draw, self.patch_size)
         return {"image": image, "label": label.long()}
 
@@ -189,6 +189,7 @@ def _draw(
     case: _Prepared,
     patch: tuple[int, ...],
     flip_axes: Sequence[int],
+    spacing: Sequence[float],
     augmentation: Augmentation | None,
     random: RandomState,
     stream: RandomState,
@@ -200,7 +201,7 @@ def _draw(
     corner = _corner(case, patch, random)
     if not augmentation:
         return Draw(corner, None, (), {}, stream)
-    turn = _turn(random) if random.rand() < augmentation.turned else None
+    turn = _turn(random, spacing) if random.rand() < augmentation.turned else None
     flips = tuple(axis for axis in flip_axes if random.rand() < 0.5)
     changes = {}
     for name, (probability, low, high) in augmentation.intensities.items():
@@ -223,10 +224,12 @@ def _corner(case: _Prepared, patch: tuple[int, ...], random: RandomState) -> NDA
     return corner
 
 
-def _turn(random: RandomState) -> NDArray[np.float64]:
+def _turn(random: RandomState, spacing: Sequence[float]) -> NDArray[np.float64]:
+    """Rotation times scaling in mm, as a map of voxels of this spacing (mm)."""
     angles = [radians(random.uniform(-DEGREES, DEGREES)) for _ in range(3)]
     factors = [random.uniform(*FACTORS) for _ in range(3)]
-    return np.asarray(create_rotate(3, angles) @ create_scale(3, factors))[:3, :3]
+    turn = np.asarray(create_rotate(3, angles) @ create_scale(3, factors))[:3, :3]
+    return turn * np.divide.outer(spacing, spacing).T  # equal ones leave every bit
 
 
 # --- Making, which waits for nothing on a GPU -----------------------------------------------------

@@ -158,6 +158,7 @@ def read(path: Path, dimensions: int = 3, labels: bool = False) -> Scan:
             f"{path}: states voxels of {stated} mm, but its affine{named} has {of_affine} mm;"
             " correct the one that is wrong"
         )
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)  # ITK takes no other
     if not labels:
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is told below
             array = np.asarray(array, np.float32)
@@ -184,7 +185,7 @@ def read_channels(paths: Sequence[Path], channels: int) -> list[Scan]:
     scans = [read(path) for path in paths]
     for path, scan in zip(paths, scans, strict=True):
         require_same_grid(path, scan, paths[0], scans[0])
-    return scans
+    return _on_one_grid(scans)
 
 
 def _missing(paths: Sequence[Path], channels: int) -> list[str]:
@@ -224,7 +225,13 @@ def read_case(images: Sequence[Path], label: Path, channels: int) -> tuple[list[
             faults.append(f"{images[number % len(images)]}: every voxel has the same value")
     if faults or scans is None or labels is None:
         raise DataError("\n".join(faults))
-    return scans, labels
+    on_one_grid = _on_one_grid([*scans, labels])
+    return on_one_grid[:-1], on_one_grid[-1]
+
+
+def _on_one_grid(scans: Sequence[Scan]) -> list[Scan]:
+    """Scans of one grid with the first one's affine; by its own last digits each could be turned another way."""
+    return [Scan(scan.array, scans[0].affine) for scan in scans]
 
 
 def require_same_grid(path: Path, scan: Scan, other_path: Path, other: Scan) -> None:
@@ -601,6 +608,8 @@ def normalise(image: NDArray[Any], how: Normalisation = "scan") -> NDArray[np.fl
         scores[inside] = _z_scores(np.array(image[inside], np.float64))
         return scores
     low, high = np.percentile(image, (0.5, 99.5))
+    if low == high:  # what differs is less than 1 % of the voxels; clipped nothing would be left
+        low, high = image.min(), image.max()
     values = np.array(image, np.float64)
     return _z_scores(np.clip(values, low, high, out=values)).astype(np.float32)
 

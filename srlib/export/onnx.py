@@ -149,8 +149,8 @@ class Session(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Windows (B, C, D, H, W) -> logits (B, K, D, H, W)."""
-        (logits,) = self.session.run(None, {"image": x.numpy()})
-        return torch.from_numpy(logits)
+        (logits,) = self.session.run(None, {"image": x.cpu().numpy()})
+        return torch.from_numpy(logits).to(x.device)
 
 
 def load(file: Path) -> Segmenter:

@@ -60,7 +60,8 @@ def evaluate(
     Args:
         config: a run that `srlib.run.train.train` has finished.
         progress: show a bar; `None` shows it in a terminal only.
-        checkpoint: the trained network's file, where that is not the run's here; the table goes beside it.
+        checkpoint: the trained network's file, where that is not the run's here; `scores_folder` says where the
+            table goes.
 
     Returns:
         Columns `case`, `class`, `dice`, `nsd`, `hd95` (mm), `sensitivity`, `volume_ref_ml`, `volume_pred_ml`.
@@ -69,7 +70,8 @@ def evaluate(
         srlib.files.DataError: the data set, its classes or the held-out cases are not those of the training.
     """
     network = checkpoint or run_dir(config) / "model.safetensors"
-    scores_file, table_file = (network.parent / name for name in ("evaluation.json", "metrics.csv"))
+    folder = scores_folder(network)
+    scores_file, table_file = folder / "evaluation.json", folder / "metrics.csv"
     trained, dataset = load_trained(network), open_data(config)
     require_same_data(trained, network)
     entry = dataset.entry
@@ -87,7 +89,7 @@ def evaluate(
     for case_id in tqdm(missing, desc="evaluation", disable=hidden):
         case = dataset.load(case_id)
         labels = predict(model, case["image"], config.patch_size)
-        with atomic_path(network.parent / "predictions" / f"{case_id}.nii.gz") as temporary:
+        with atomic_path(folder / "predictions" / f"{case_id}.nii.gz") as temporary:
             nib.save(nib.Nifti1Image(labels.numpy(), np.asarray(case["affine"])), temporary)
         about = (entry.spacing, entry.classes, entry.nsd_tolerance, entry.members)
         scores = score(labels, case["label"][0], *about)
@@ -98,9 +100,17 @@ def evaluate(
     return tables.read_scores(table_file)
 
 
+def scores_folder(network: Path) -> Path:
+    """Where `evaluate` writes: beside `model.safetensors`, and for `NAME.safetensors` into the folder `NAME` beside it.
+
+    A folder may hold several networks of other names.
+    """
+    return network.parent if network.name == "model.safetensors" else network.with_suffix("")
+
+
 def stored_scores(network: Path) -> pd.DataFrame | None:
-    """The table of `evaluate` beside a network's file; `None` unless it is whole and of these very weights."""
-    file = network.parent / "evaluation.json"
+    """The table that `evaluate` wrote of a network's file; `None` unless it is whole and of these very weights."""
+    file = scores_folder(network) / "evaluation.json"
     if not file.is_file():
         return None
     found = load_json(file)

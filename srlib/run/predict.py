@@ -34,7 +34,7 @@ from srlib import data
 from srlib.data import labels, scans
 from srlib.files import REFERENCE, atomic_path
 from srlib.machine import device
-from srlib.run.train import load_trained, restore
+from srlib.run.train import load_trained, network_file, restore
 
 WHOLE = -1  # the file has no such ending
 FORMATS = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}  # scan -> mask
@@ -62,13 +62,12 @@ class Segmenter(NamedTuple):
 
 def load(checkpoint: Path) -> Segmenter:
     """The trained network of a file `model.safetensors`, or of the folder of its run, on this machine's device."""
-    file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
-    trained = load_trained(file)
+    trained = load_trained(file := network_file(checkpoint))
     return Segmenter(restore(trained, file), trained.entry, trained.config.patch_size)
 
 
 def provided(dataset: str) -> Path:
-    """Path of the repository's small trained network for a data set, which need not exist; `tiny.md` is its card."""
+    """Path of the repository's trained network `tiny` for a data set, which need not exist; `tiny.md` is its card."""
     return REFERENCE / dataset / "tiny.safetensors"
 
 
@@ -102,6 +101,7 @@ def find_cases(inputs: Sequence[Path], channels: int) -> dict[str, tuple[Path, .
             got = ", ".join(file.name for file in of_case.values())
             raise data.DataError(
                 f"{name}: expected {channels} channel(s), {name}_0000 on; got {got}"
+                " (four digits at the end of a name count channels)"
             )
     return {name: tuple(of[k] for k in sorted(of)) for name, of in sorted(found.items())}
 

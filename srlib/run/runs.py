@@ -1,6 +1,7 @@
 """A run is one training. It has an identity, a folder, and is never done twice.
 
-The identity hashes everything that the trained weights depend on: the configuration, the data, the version
+The identity hashes everything that the trained weights depend on: the configuration, the data, what a folder's
+`dataset.json` states of it, the version
 `srlib.files.RECIPE` of what is computed, the kind of device and the numbers of threads and of processes (which set the
 order of sums).
 """
@@ -13,6 +14,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -160,14 +162,17 @@ def plan_in_words(folder: str, model: str = DEFAULT.model, memory: float = MEMOR
 
 def run_id(config: RunConfig) -> str:
     """The identity of a run on this machine: 12 hexadecimal digits."""
-    parts = {
+    dataset = data.open(config.dataset)
+    parts: dict[str, Any] = {
         "config": config.to_json(),
-        "data": data.open(config.dataset).fingerprint,
+        "data": dataset.fingerprint,
         "recipe": RECIPE,
         "device": device().type,
         "threads": torch.get_num_threads(),
         "processes": processes(),
     }
+    if stated := dataset.entry.stated:
+        parts["stated"] = stated
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -607,6 +607,11 @@ def save_trained(path: Path, trained: Trained) -> None:
     save_tensors(path, weights, about | facts | {"versions": trained.versions})
 
 
+def network_file(path: Path) -> Path:
+    """The file of a trained network: `path`, or `model.safetensors` where that is the folder of a run."""
+    return path / "model.safetensors" if path.is_dir() else path
+
+
 def load_trained(path: Path) -> Trained:
     """Read a trained network: the file, or the folder of its run; versions that differ from those here are logged.
 
@@ -615,7 +620,7 @@ def load_trained(path: Path) -> Trained:
         CheckpointError: a file that is cut short, changed, of another kind, or without what prediction needs;
             weights that are no finite numbers, or of another type than trainings leave.
     """
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = network_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"no trained network here: {path}")
     try:

@@ -225,7 +225,7 @@ def _parameters() -> Finding:
     rows["stated reading"] = reading() / 1e6
     fits = rows.round(2) == _SIZE
     said = (
-        f"{_with('.2f', rows.iloc[:-1])} million train; {'' if fits.iloc[-1] else 'not '}reproduced by"
+        f"trained, in millions: {_with('.2f', rows.iloc[:-1])}; {'' if fits.iloc[-1] else 'not '}reproduced by"
         f" a reading, {reading():,}: three ToM layers and one more convolution a stage, and an"
         " encoder that is never used"
     )

@@ -280,10 +280,10 @@ def cpu_step() -> pd.Series:
     return (table["eager_ms"] / 1000).rename(table["device"].iloc[0])
 
 
-def gpu_steps(precision: str = "fp32") -> pd.DataFrame:
-    """Milliseconds, memory and energy of a step of each system on one GPU, by its key."""
+def gpu_steps() -> pd.DataFrame:
+    """Milliseconds, memory and energy of a step of each system in fp32 on one GPU, by its key."""
     table = tables.read(paths.REFERENCE / "gpu" / "small.csv")
-    return table[table["precision"] == precision].set_index("system")
+    return table[table["precision"] == "fp32"].set_index("system")
 
 
 def systems() -> pd.DataFrame:

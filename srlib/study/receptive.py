@@ -209,20 +209,17 @@ class ScanMemory(NamedTuple):
 
 
 @torch.no_grad()
-def scan_memory(
-    network: SegResMamba, image: Tensor, order: str = "forward", stage: int = 0
-) -> ScanMemory:
-    """The memory of one scan of a stage's outer ToM layer while the network reads an image.
+def scan_memory(network: SegResMamba, image: Tensor, order: str = "forward") -> ScanMemory:
+    """The memory of one scan of the first stage's outer ToM layer while the network reads an image.
 
     Args:
-        network: with outer ToM layers that have a recurrence.
+        network: with an outer ToM layer that has a recurrence.
         image: (C_in, D, H, W) on the network's device.
         order: one of `srlib.scan.ORDERS`.
-        stage: of the encoder, 0 to 3.
     """
-    layer, maps = network.blocks[stage].tom, []
+    layer, maps = network.blocks[0].tom, []
     if not isinstance(layer, ToMLayer) or not layer.mamba.recurrence:
-        raise ValueError(f"network: stage {stage} has no outer ToM layer with a recurrence")
+        raise ValueError("network: its first stage has no outer ToM layer with a recurrence")
     hook = layer.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0]))
     try:
         network.encode(image[None])

@@ -417,16 +417,12 @@ def _bootstrap(values: ArrayLike) -> Ends:
         return lambda level: (end, end)
     # `random_state` is what SciPy before 1.15 calls `rng`; newer versions take both.
     drawn: dict[str, Any] = {"n_resamples": RESAMPLES, "random_state": np.random.default_rng(0)}
-    means = np.sort(stats.bootstrap((sample,), np.mean, **drawn).bootstrap_distribution)
-    away = sample - sample.mean()
-    acceleration = (away**3).sum() / (6 * (away**2).sum() ** 1.5)
-    below = [(means < sample.mean()).mean(), (means <= sample.mean()).mean()]
-    bias = stats.norm.ppf(np.mean(below))
+    first = stats.bootstrap((sample,), np.mean, **drawn)
+    again: dict[str, Any] = {"n_resamples": 0, "bootstrap_result": first}
 
     def ends(level: float) -> tuple[float, float]:
-        z = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
-        low, high = np.quantile(means, stats.norm.cdf(bias + z / (1 - acceleration * z)))
-        return float(low), float(high)
+        found = stats.bootstrap((sample,), np.mean, confidence_level=level, **again)
+        return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
     return ends
 

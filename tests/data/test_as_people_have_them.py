@@ -569,6 +569,40 @@ def test_the_working_grid_of_a_scan_at_45_degrees_does_not_depend_on_its_storage
             np.testing.assert_allclose(found.affine, expected.affine, atol=1e-9)
 
 
+def test_image_and_label_of_one_grid_are_turned_alike(tmp_path):
+    """Near 45 degrees the last digits of an affine, which its qform and sform round otherwise, choose the axes."""
+    affine = np.eye(4)
+    c = np.sqrt(0.5)
+    affine[:3, :3] = [[-c, -c, 0], [c, -c, 0], [0, 0, 1]]
+    cube = np.zeros((12, 12, 12), np.float32)
+    cube[1:4, 2:10, 5:7] = 10
+    for off in (-1e-4, -1e-7, 1e-7, 1e-4):
+        for number, (stored, name) in enumerate(((cube, "image"), (cube > 0, "label"))):
+            own = affine.copy()
+            own[0, 0] += off * (1 - 2 * number)
+            nib.save(nib.Nifti1Image(stored.astype(np.uint8), own), tmp_path / f"{name}.nii")
+        image, label = tmp_path / "image.nii", tmp_path / "label.nii"
+        (scan,), mask = scans.read_case([image], label, 1)
+        inside = scans.regrid(mask, (1, 1, 1), labels=True).array > 0
+        assert (scans.regrid(scan, (1, 1, 1)).array[inside] == 10).all()
+
+
+def test_labels_of_the_other_byte_order_are_resampled(tmp_path):
+    header = nib.Nifti1Header(endianness=">")
+    header.set_data_dtype(">i2")
+    stored = (VOXELS.mean() < VOXELS).astype(">i2") * 300
+    nib.save(nib.Nifti1Image(stored, np.diag([2.0, 2, 2, 1]), header), tmp_path / "label.nii")
+    label = scans.read(tmp_path / "label.nii", labels=True)
+    assert set(np.unique(scans.regrid(label, (1, 1, 1), labels=True).array)) == {0, 300}
+
+
+def test_a_small_bright_thing_in_an_empty_scan_outlives_its_normalisation():
+    image = np.zeros((40, 40, 40), np.float32)
+    image[3:8, 3:8, 3:8] = 7  # a fifth of a percent, which both percentiles leave out
+    scaled = scans.normalise(image)
+    assert scaled[5, 5, 5] - scaled[0, 0, 0] > 10
+
+
 # --- Folders of cases -------------------------------------------------------------------------------
 
 

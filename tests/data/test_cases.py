@@ -503,7 +503,10 @@ def test_turned_patch_is_the_affine_map_it_says():
     linear = np.array(about_x) @ about_y @ about_z @ np.diag(factors)
     drawn = iter([*angles, *factors])  # degrees about each axis, then the factors
     random = SimpleNamespace(uniform=lambda low, high: next(drawn))
-    np.testing.assert_allclose(samples._turn(random), linear, atol=1e-6)
+    np.testing.assert_allclose(samples._turn(random, (3, 3, 3)), linear, atol=1e-6)
+    drawn, to_voxels = iter([*angles, *factors]), np.diag([1 / 0.7, 1 / 0.7, 1 / 5])
+    of_mm = to_voxels @ linear @ np.linalg.inv(to_voxels)
+    np.testing.assert_allclose(samples._turn(random, (0.7, 0.7, 5)), of_mm, atol=1e-6)
     image, label = torch.from_numpy(image)[None], torch.from_numpy(label)[None]
     turned, labels = samples._turned_patch(image, label, corner, patch, linear)
     half = (np.array(patch) - 1) / 2
@@ -552,7 +555,9 @@ def test_intensities_change_as_monais_random_transforms_change_them(augmentation
         monais, ours = (np.random.RandomState(seed) for _ in range(2))
         samples._corner(prepared, patch, monais)
         turned = monais.rand() < augmentation.turned
-        draw = samples._draw(prepared, patch, (), augmentation, ours, np.random.RandomState(0))
+        draw = samples._draw(
+            prepared, patch, (), (1, 1, 1), augmentation, ours, np.random.RandomState(0)
+        )
         combinations.add(tuple(draw.changes))
         if not turned:
             intensity.set_random_state(state=monais)

@@ -292,6 +292,47 @@ def test_held_out_means_held_out(places, change, messages):
     assert (places / "metrics.csv").read_bytes() == before
 
 
+def test_a_folder_that_states_something_else_is_another_run(places):
+    """The voxels are the same; channels decide how they are scaled, labels what is learnt."""
+    folder, found = places / "scans", []
+    for channels, labels_ in (
+        (("MRI",), {"background": 0, "a": 1, "b": 2}),
+        (("CT",), {"background": 0, "a": 1, "b": 2}),
+        (("CT",), {"background": 0, "whole": [1, 2], "b": [2]}),
+    ):
+        write_nnunet(folder, channels, labels_)
+        config = runs.config_for("default", str(folder), patch_size=(40, 24, 24))
+        found.append(runs.run_id(config))
+        assert data.open(str(folder)).entry.stated
+    assert len(set(found)) == 3
+    assert not data.get("hippocampus").stated
+
+
+@pytest.mark.parametrize("name", ["../case", "..", "a/b", "/case"])
+def test_a_case_whose_name_is_a_path_is_refused(places, name):
+    """What is computed of a case is written under its name: it could lie anywhere, also where its scan is."""
+    folder = write_nnunet(places / "scans")
+    stated = json.loads((folder / "dataset.json").read_text())
+    files_ = {"images": ["imagesTr/case_0_0000.nii.gz"], "label": "labelsTr/case_0.nii.gz"}
+    stated["dataset"] = {name: files_}
+    (folder / "dataset.json").write_text(json.dumps(stated))
+    with pytest.raises(DataError, match="expected a name, not a path"):
+        data.open(str(folder))
+
+
+def test_networks_that_lie_in_one_folder_keep_their_scores(places):
+    folder = write_nnunet(places / "scans")
+    settings = {"model": "tiny", "tom": "none", "patch_size": (40, 24, 24), "test_cases": 1}
+    for seed in range(2):
+        config = runs.config_for("default", str(folder), seed=seed, **settings)
+        file = _untrained(folder, config).rename(places / f"net{seed}.safetensors")
+        evaluate.evaluate(config, checkpoint=file)
+    for seed in range(2):
+        assert (places / f"net{seed}" / "metrics.csv").is_file()
+        assert evaluate.stored_scores(places / f"net{seed}.safetensors") is not None
+    assert not (places / "metrics.csv").exists()
+
+
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_file_that_changes_while_a_training_runs_ends_it(places, monkeypatch, step):
     folder = write_nnunet(places / "scans")

@@ -175,5 +175,5 @@ def test_memory_lies_in_the_image_s_axes(axis):
 def test_a_network_without_a_scan_has_no_memory():
     with pytest.raises(ValueError, match="order: expected one of the layer's"):
         receptive.scan_memory(tiny(scan_orders=("forward",)), image(48, 32, 32), "reverse")
-    with pytest.raises(ValueError, match="stage 0 has no outer ToM layer with a recurrence"):
+    with pytest.raises(ValueError, match="first stage has no outer ToM layer with a recurrence"):
         receptive.scan_memory(tiny(tom="inner"), image(32, 32, 32))
