@@ -16,7 +16,8 @@
 #   ./run_all.sh evaluate CHECKPOINT  its metrics on the cases that were held out
 #   ./run_all.sh predict CHECKPOINT SCAN... --out DIR
 #                                     masks on the scans' own grids
-#   ./run_all.sh info | data          the other commands of "python -m srlib"; each has -h
+#   ./run_all.sh info | data | grid | claims | export | nnunet
+#                                     the other commands of "python -m srlib"; each has -h
 #
 # Results go to results/<profile>/<dataset>/, index.html there is the front page. It uses the active Python
 # environment when everything in pyproject.toml is installed there; otherwise it makes .venv from requirements.lock, once.
