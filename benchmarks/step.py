@@ -55,7 +55,8 @@ def named(device: str) -> str:
     """The device as a row names it."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{machine.cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{machine.cpu_name()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def write(rows: list[dict], file: Path) -> None:
