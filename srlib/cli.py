@@ -389,8 +389,8 @@ def train(
 def evaluate(checkpoint: CheckpointFile) -> None:
     """Score a trained network on its held-out cases; the tables go beside it.
 
-    metrics.csv has a row for each case and class. Printed is their spread over the cases. Of a file that is not
-    called model.safetensors, they go into a folder of its name.
+    metrics.csv has a row for each case and class. Printed is their spread over the cases. Of a file of another
+    name than model.safetensors, they go into a folder NAME.scores.
     """
     from srlib.run.evaluate import evaluate, scores_folder, summarise
     from srlib.run.train import load_trained, network_file

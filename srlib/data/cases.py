@@ -29,6 +29,7 @@ from srlib.files import RECIPE, DataError, cache_dir, slug
 
 FOLDS = 5
 FOLD_SEED = "srlib-folds-1"
+PREPARED = 2  # version of a prepared case; kept results hold `RECIPE`
 
 
 class Split(NamedTuple):
@@ -175,12 +176,13 @@ class Dataset:
         """Size and modification time of every file of the cases."""
         return {path: _state(path) for case in self.cases for path in case.files}
 
-    # Facts about all cases are remembered until a file's path, size or modification time, what is expected of it, or
-    # `RECIPE` changes, and so are prepared cases: MONAI's PersistentDataset keeps pickles without checksums.
+    # Facts about all cases are remembered until a file's path, size or modification time, what is expected of it,
+    # `RECIPE` or `PREPARED` changes, and so are prepared cases: MONAI's PersistentDataset keeps pickles without
+    # checksums.
 
     def _identity(self, paths: Sequence[Path]) -> str:
         entry = self.entry
-        parts = [f"{RECIPE} {entry.name} {entry.classes} {entry.spacing}"]
+        parts = [f"{RECIPE} {PREPARED} {entry.name} {entry.classes} {entry.spacing}"]
         parts.append(f"{entry.normalisation} {entry.label_values}")
         parts += [f"{path} {_state(path)}" for path in paths]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -27,6 +27,7 @@ TASKS_OF: dict[str, Mapping[str, Any]] = {
     "cue": cue.RECIPES | cue.ALONG,
     "mirror": mirror.RECIPES,
 }
+STATED = ("modalities", "classes", "label_values", "spacing", "normalisation")
 STALLED = 120.0  # seconds without a byte, after which a download is given up
 
 
@@ -92,9 +93,13 @@ class Entry:
 
     @property
     def stated(self) -> list[Any]:
-        """What decides a training and a folder's owner may state anew of the same voxels; empty for the catalogue's."""
-        names = ("modalities", "classes", "label_values", "spacing", "normalisation", "flip_axes")
-        return [getattr(self, name) for name in names] if self.median_size else []
+        """What a training depends on besides the voxels, where that may change or has changed what is computed.
+
+        A folder's owner may state it anew; samples on voxels of unequal edges are turned in mm, which they once were
+        not. Empty for the other data sets of the catalogue, whose runs keep their identities.
+        """
+        unlike = self.median_size or len({*self.spacing}) > 1
+        return [getattr(self, name) for name in STATED] if unlike else []
 
     @property
     def members(self) -> tuple[tuple[int, ...], ...]:

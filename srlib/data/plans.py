@@ -139,7 +139,7 @@ def _plan(folder: Path, contents: Contents, measured: list[Measured]) -> Plan:
         nsd_tolerance=max(spacing),
         folder=str(folder),
         normalisation=tuple(
-            _window(values) if "CT" in name.upper().split() else "scan"
+            _window(f"{folder}: channel {name}", values) if "CT" in name.upper().split() else "scan"
             for name, values in zip(modalities, foreground, strict=True)
         ),
         label_values=tuple(classes.values()),
@@ -188,11 +188,18 @@ def _said(entry: Entry, measured: list[Measured]) -> list[str]:
     return lines
 
 
-def _window(values: NDArray[np.float32]) -> Window:
+def _window(where: str, values: NDArray[np.float32]) -> Window:
     """CT's normalisation from the foreground's intensities."""
     low, high = np.percentile(values, (0.5, 99.5))
+    if low == high:
+        low, high = values.min(), values.max()
+    if low == high:
+        raise DataError(
+            f"{where}: is stated to be CT, but its labelled voxels all have the value {low:g}; expected intensities"
+            " that differ, or another name of the channel"
+        )
     clipped = np.clip(np.asarray(values, np.float64), low, high)
-    return Window(float(low), float(high), float(clipped.mean()), float(clipped.std()) or 1.0)
+    return Window(float(low), float(high), float(clipped.mean()), float(clipped.std()))
 
 
 def patch_size(

@@ -209,31 +209,31 @@ def convert(dataset: str) -> tuple[str, Splits]:
     ids = [case.id for case in opened.cases]
     folds = range(min(FOLDS, len(ids)))
     splits = [{"train": s.train, "val": s.test} for s in map(opened.split, folds)]
+    classes = {title: number for number, title in enumerate(("background", *entry.classes))}
+    channels = {str(number): title for number, title in enumerate(entry.modalities)}
+    about = {"channel_names": channels, "labels": classes, "fingerprint": opened.fingerprint}
+    about |= {"numTraining": len(ids), "file_ending": ".nii.gz"}
     folder = place("raw") / name
     if folder.is_dir():
         known = None
-        with suppress(OSError, ValueError, AttributeError):
-            known = json.loads((folder / "dataset.json").read_text()).get("fingerprint")
-        if known != opened.fingerprint:
+        with suppress(OSError, ValueError):
+            known = json.loads((folder / "dataset.json").read_text())
+        if known != about:
             raise DataError(
-                f"{folder}: was made of other cases than {dataset} has now; expected the same, or this folder and"
-                f" {place('preprocessed') / name} removed"
+                f"{folder}: was made of other cases, channels or classes than {dataset} has now; expected the same,"
+                f" or this folder and {place('preprocessed') / name} removed"
             )
         return name, splits
     with atomic_folder(folder) as made:
         for part in ("imagesTr", "labelsTr"):
             (made / part).mkdir()
         for case in opened.cases:
-            channels, label = scans.read_case(case.images, case.label, entry.in_channels)
-            for number, scan in enumerate(channels):
+            images, label = scans.read_case(case.images, case.label, entry.in_channels)
+            for number, scan in enumerate(images):
                 file = made / "imagesTr" / f"{case.id}_{number:04d}.nii.gz"
                 nib.save(nib.Nifti1Image(scan.array, scan.affine), file)
             encoded = nib.Nifti1Image(labels.encode(label.array, entry), label.affine)
             nib.save(encoded, made / "labelsTr" / f"{case.id}.nii.gz")
-        classes = {name: number for number, name in enumerate(("background", *entry.classes))}
-        about = {"channel_names": dict(enumerate(entry.modalities)), "labels": classes}
-        about |= {"numTraining": len(ids), "file_ending": ".nii.gz"}
-        about["fingerprint"] = opened.fingerprint
         (made / "dataset.json").write_text(json.dumps(about, indent=1))
     return name, splits
 

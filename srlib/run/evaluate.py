@@ -101,11 +101,9 @@ def evaluate(
 
 
 def scores_folder(network: Path) -> Path:
-    """Where `evaluate` writes: beside `model.safetensors`, and for `NAME.safetensors` into the folder `NAME` beside it.
-
-    A folder may hold several networks of other names.
-    """
-    return network.parent if network.name == "model.safetensors" else network.with_suffix("")
+    """Where `evaluate` writes: beside `model.safetensors`, for a file of another NAME into the folder `NAME.scores`."""
+    own = network.with_name(f"{network.name}.scores")  # a folder may hold several networks
+    return network.parent if network.name == "model.safetensors" else own
 
 
 def stored_scores(network: Path) -> pd.DataFrame | None:

@@ -52,7 +52,7 @@ from tqdm.auto import tqdm
 
 from srlib import __version__, data, machine, tables
 from srlib.data import labels
-from srlib.data.catalog import tuples
+from srlib.data.catalog import STATED, tuples
 from srlib.data.samples import AUTHORS, OURS, Augmentation
 from srlib.files import (
     BrokenFile,
@@ -526,7 +526,7 @@ def data_changes(trained: Trained) -> list[str]:
     entry, split = dataset.entry, dataset.split(trained.config.fold)
     found = [
         f"{field} {getattr(trained.entry, field)} then, {getattr(entry, field)} now"
-        for field in ("modalities", "classes", "label_values", "spacing", "normalisation")
+        for field in STATED
         if getattr(trained.entry, field) != getattr(entry, field)
     ]
     for kind, then, now in zip(("training", "held-out"), trained.split, split, strict=True):

@@ -305,7 +305,25 @@ def test_a_folder_that_states_something_else_is_another_run(places):
         found.append(runs.run_id(config))
         assert data.open(str(folder)).entry.stated
     assert len(set(found)) == 3
-    assert not data.get("hippocampus").stated
+    assert not data.get("hippocampus").stated  # its runs keep their identities
+    assert data.get("spleen").stated
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.0, "all have the value 40"), (0.001, None)])
+def test_a_ct_window_without_width_is_not_taken(places, share, told):
+    """It would make every voxel the same."""
+    folder = write_nnunet(places / "scans")
+    for label in (folder / "labelsTr").iterdir():
+        path = folder / "imagesTr" / label.name.replace(".nii", "_0000.nii")
+        image, inside = scans.read(path).array, np.flatnonzero(scans.read(label).array)
+        image.flat[inside] = 40
+        image.flat[inside[: round(share * len(inside))]] = 90
+        write(path, image, AFFINE)
+    if told:
+        with pytest.raises(DataError, match=told):
+            data.get(str(folder))
+    else:
+        assert data.get(str(folder)).normalisation[0][:2] == (40, 90)
 
 
 @pytest.mark.parametrize("name", ["../case", "..", "a/b", "/case"])
@@ -323,13 +341,14 @@ def test_a_case_whose_name_is_a_path_is_refused(places, name):
 def test_networks_that_lie_in_one_folder_keep_their_scores(places):
     folder = write_nnunet(places / "scans")
     settings = {"model": "tiny", "tom": "none", "patch_size": (40, 24, 24), "test_cases": 1}
-    for seed in range(2):
+    networks = [places / name for name in ("net.safetensors", "net.best", "net")]
+    for seed, network in enumerate(networks):
         config = runs.config_for("default", str(folder), seed=seed, **settings)
-        file = _untrained(folder, config).rename(places / f"net{seed}.safetensors")
-        evaluate.evaluate(config, checkpoint=file)
-    for seed in range(2):
-        assert (places / f"net{seed}" / "metrics.csv").is_file()
-        assert evaluate.stored_scores(places / f"net{seed}.safetensors") is not None
+        _untrained(folder, config).rename(network)
+        evaluate.evaluate(config, checkpoint=network)
+    for network in networks:
+        assert (places / f"{network.name}.scores" / "metrics.csv").is_file()
+        assert evaluate.stored_scores(network) is not None
     assert not (places / "metrics.csv").exists()
 
 

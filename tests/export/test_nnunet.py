@@ -69,6 +69,11 @@ def test_a_folder_becomes_a_data_set_with_the_same_folds(folder):
             assert np.array_equal(written.get_fdata(), nib.load(path).get_fdata())
             np.testing.assert_allclose(written.affine, nib.load(path).affine, atol=1e-6)
     assert nnunet.convert(str(folder))[0] == name  # a second time nothing is written
+    swapped = {"background": 0, "label 1": 2, "label 2": 1}  # of the same voxels
+    (folder / "dataset.json").write_text(json.dumps({"labels": swapped}))
+    with pytest.raises(ValueError, match="was made of other cases, channels or classes"):
+        nnunet.convert(str(folder))
+    (folder / "dataset.json").unlink()
     label = sorted((folder / "labels").iterdir())[0]
     loaded = nib.load(label.resolve())
     moved = np.roll(np.asarray(loaded.dataobj), 1, 0).astype(np.uint8)
