@@ -471,8 +471,6 @@ def export(
 
     docs/export.md says what each can do. Nothing is uploaded.
     """
-    from srlib.run.train import network_file
-
     kind = to or target.suffix.removeprefix(".")
     if kind not in ("hub", "bundle", "onnx") or (kind == "onnx") != (target.suffix == ".onnx"):
         raise ValueError(
@@ -480,8 +478,9 @@ def export(
         )
     if os.path.lexists(target):
         raise ValueError(f"{target}: is there already; choose another name")
-    file = network_file(checkpoint)
-    import_module(f"srlib.export.{kind}").write(file, target)
+    from srlib.run.train import network_file
+
+    import_module(f"srlib.export.{kind}").write(network_file(checkpoint), target)
     typer.echo(target)
 
 

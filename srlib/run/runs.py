@@ -1,9 +1,8 @@
 """A run is one training. It has an identity, a folder, and is never done twice.
 
 The identity hashes everything that the trained weights depend on: the configuration, the data, what a folder's
-`dataset.json` states of it, the version
-`srlib.files.RECIPE` of what is computed, the kind of device and the numbers of threads and of processes (which set the
-order of sums).
+`dataset.json` states of it, the version `srlib.files.RECIPE` of what is computed, the kind of device and the numbers of
+threads and of processes (which set the order of sums).
 """
 
 from __future__ import annotations
