@@ -51,14 +51,6 @@ Minutes = Annotated[float, typer.Option(help="After these no new row is begun.")
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
-def named(device: str) -> str:
-    """The device as a row names it."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f"{machine.cpu_name()}, {threads} thread{'s' * (threads > 1)}"
-
-
 def write(rows: list[dict], file: Path) -> None:
     """Write the rows so far, and print the last one."""
     machine.write_table(pd.DataFrame(rows), file)
@@ -102,7 +94,10 @@ def measure(device: Device = "cpu", size: Sizes = None) -> None:
     for edge, peer in product(size or [64], PEERS):
         found = measure_apart(Workload(peer, edge), device, steps=1, limit=limit)
         memory = {name: value for name, value in found.items() if not name.endswith("_s")}
-        rows.append({"device": named(device), "peer": peer, "size": edge, "limit": limit} | memory)
+        rows.append(
+            {"device": machine.device_name(device), "peer": peer, "size": edge, "limit": limit}
+            | memory
+        )
         write(rows, FOLDER / f"measured_{device}.csv")
 
 
@@ -113,7 +108,12 @@ def levers(device: Device = "cpu", size: Sizes = None, steps: int = 3) -> None:
     rows: list[dict] = []
     for edge, precision, (lever, options) in product(size or [64], precisions, LEVERS.items()):
         work = Workload("segresmamba", edge, precision=precision, **options)
-        key = {"device": named(device), "precision": precision, "lever": lever, "size": edge}
+        key = {
+            "device": machine.device_name(device),
+            "precision": precision,
+            "lever": lever,
+            "size": edge,
+        }
         rows.append(key | measure_apart(work, device, steps))
         write(rows, FOLDER / f"levers_{device}.csv")
 
@@ -142,7 +142,7 @@ def settings(
             break
         row = {"setting": name, **asdict(work), **measure_apart(work, device, steps)}
         del row["settings"]
-        rows.append(row | {"device": named(device), "torch": torch.__version__})
+        rows.append(row | {"device": machine.device_name(device), "torch": torch.__version__})
         write(rows, out)
 
 

@@ -55,10 +55,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device_name() -> str:
-    """The device that is computed on: the GPU's name, or the processor's and the number of threads."""
-    if device().type == "cuda":
-        return torch.cuda.get_device_name(device())
+def device_name(name: str = "") -> str:
+    """A device, `device()` unless one is named: the GPU's name, or the processor's and the number of threads."""
+    chosen = torch.device(name) if name else device()
+    if chosen.type == "cuda":
+        return torch.cuda.get_device_name(chosen)
     threads = torch.get_num_threads()
     return f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"
 
